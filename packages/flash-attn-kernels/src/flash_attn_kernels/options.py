@@ -1,0 +1,75 @@
+"""What an attention call asks for besides its tensors, normalised once and shared by every path."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .errors import bad_argument
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Normalised options of one attention call.
+
+    ``window_left`` and ``window_right`` are ``None`` where unbounded; causal attention is ``window_right == 0``.
+    ``softcap`` is 0 when off. Key j is visible to query i iff
+    ``i + Sk - Sq - window_left <= j <= i + Sk - Sq + window_right`` (bottom-right alignment).
+    """
+
+    softmax_scale: float
+    window_left: int | None = None
+    window_right: int | None = None
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    deterministic: bool = False
+
+    @property
+    def is_full(self) -> bool:
+        """Every query sees every key."""
+        return self.window_left is None and self.window_right is None
+
+    @property
+    def is_plain_causal(self) -> bool:
+        """The causal mask and nothing else."""
+        return self.window_left is None and self.window_right == 0
+
+    def visible_keys(self, query_begin: int, query_end: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+        """Half-open range of keys that at least one query of ``[query_begin, query_end)`` can see."""
+        diagonal = seqlen_k - seqlen_q
+        begin = 0 if self.window_left is None else max(0, query_begin + diagonal - self.window_left)
+        end = seqlen_k if self.window_right is None else min(seqlen_k, query_end + diagonal + self.window_right)
+        return begin, max(begin, end)
+
+
+def make_options(
+    *,
+    head_dim: int,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    dropout_p: float,
+    deterministic: bool,
+) -> AttentionOptions:
+    """Check and normalise the options of a public call.
+
+    Raises:
+        ValueError: for a dropout probability outside [0, 1), a window below -1, a negative or non-finite softcap,
+            or a non-finite scale.
+    """
+    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    if not math.isfinite(scale):
+        raise bad_argument("softmax_scale", softmax_scale, "a finite number", "pass None for 1/sqrt(head_dim)")
+    if not 0.0 <= dropout_p < 1.0:
+        raise bad_argument("dropout_p", dropout_p, "a probability in [0, 1)", "pass 0.0 to switch dropout off")
+    if not (math.isfinite(softcap) and softcap >= 0.0):
+        raise bad_argument("softcap", softcap, "a finite number >= 0", "pass 0.0 to switch soft-capping off")
+    if len(window_size) != 2 or any(int(w) != w or w < -1 for w in window_size):
+        raise bad_argument(
+            "window_size", window_size, "(left, right) integers >= -1", "use -1 for an unbounded side"
+        )
+    left, right = (None if w == -1 else int(w) for w in window_size)
+    if causal:
+        right = 0
+    return AttentionOptions(scale, left, right, float(softcap), float(dropout_p), bool(deterministic))
