@@ -1,0 +1,37 @@
+"""Hatchling's build hook: compiles the CUDA library into the wheel where compiling is wanted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from build_support.decision import decide  # noqa: E402
+from build_support.toolchain import build_requirements  # noqa: E402
+
+
+class KernelBuildHook(BuildHookInterface):
+    """Leaves the wheel pure (py3-none-any) unless build_support.decision says to compile."""
+
+    def dependencies(self) -> list[str]:
+        return build_requirements() if decide().compile else []
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        decision = decide()
+        if not decision.compile:
+            self.app.display_warning(f"flash-attn-kernels: {decision.reason}")
+            return
+        from build_support.library import build, summary  # needs what dependencies() asked for
+
+        self.app.display_info(f"flash-attn-kernels: compiling CUDA kernels ({decision.reason})")
+        built = build(Path(self.root))
+        self.app.display_info(summary(built.report))
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{built.platform_tag}"
+        build_data["artifacts"].append(
+            f"/{built.path.relative_to(self.root)}"
+        )  # ignored by git, so named here
