@@ -10,8 +10,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from build_support.decision import decide  # noqa: E402
-from build_support.toolchain import build_requirements  # noqa: E402
+from build_support.decision import decide
+from build_support.toolchain import build_requirements
 
 
 class KernelBuildHook(BuildHookInterface):
@@ -25,13 +25,13 @@ class KernelBuildHook(BuildHookInterface):
         if not decision.compile:
             self.app.display_warning(f"flash-attn-kernels: {decision.reason}")
             return
-        from build_support.library import build, summary  # needs what dependencies() asked for
+        from build_support.library import build  # these need what dependencies() asked for
+        from build_support.platform_tag import platform_tag
 
         self.app.display_info(f"flash-attn-kernels: compiling CUDA kernels ({decision.reason})")
         built = build(Path(self.root))
-        self.app.display_info(summary(built.report))
+        self.app.display_info(built.report.summary())
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{built.platform_tag}"
-        build_data["artifacts"].append(
-            f"/{built.path.relative_to(self.root)}"
-        )  # ignored by git, so named here
+        build_data["tag"] = f"py3-none-{platform_tag(built.path)}"
+        # Named here because git ignores it and the wheel excludes it otherwise.
+        build_data["artifacts"].append(f"/{built.path.relative_to(self.root)}")

@@ -1,12 +1,12 @@
 """FLASH_ATTN_KERNELS_ARCHS: the GPU architectures to make machine code for.
 
-A list such as "80;90+PTX": a number asks for machine code of that architecture, "+PTX" adds intermediate code
-that the driver compiles on first use on any newer GPU. Machine code runs on its own major version from its own
-minor version up: 80 serves 8.0, 8.6 and 8.9, and 90 serves 9.0. The default therefore runs natively on Ampere,
-Ada and Hopper and starts slower, once per machine, on what came later.
+A list such as "80;90+PTX": a number asks for machine code of that architecture, "+PTX" adds intermediate
+code that the driver compiles on first use on any newer GPU. Machine code runs on its own major version from
+its own minor version up: 80 serves 8.0, 8.6 and 8.9, and 90 serves 9.0. The default therefore runs natively
+on Ampere, Ada and Hopper and starts slower, once per machine, on what came later.
 
-Sources in a folder or with a generated name of `sm90` use Hopper-only instructions: they are compiled for 90a alone,
-whatever the list says.
+Sources in a folder or with a generated name of `sm90` use Hopper-only instructions: they are compiled for 90a
+alone, whatever the list says.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def requested_architectures(text: str | None = None) -> list[Architecture]:
         found = re.fullmatch(r"(\d+)(\+PTX)?", item.strip())
         if found is None or int(found.group(1)) < MINIMUM:
             raise BuildError(
-                f"{VARIABLE}: got {text!r}, expected numbers >= {MINIMUM} separated by ';', each with an optional "
-                f"+PTX, such as {DEFAULT!r}"
+                f"{VARIABLE}: got {text!r}, expected numbers >= {MINIMUM} separated by ';', each with an "
+                f"optional +PTX, such as {DEFAULT!r}"
             )
         architectures.append(Architecture(int(found.group(1)), ptx=found.group(2) is not None))
     return architectures

@@ -23,7 +23,7 @@ class Decision:
 
 
 def decide(choice: str | None = None) -> Decision:
-    """`choice` defaults to the environment variable; it raises BuildError for a value that is none of CHOICES."""
+    """`choice` defaults to the environment variable; BuildError for a value that is none of CHOICES."""
     if choice is None:
         choice = os.environ.get(VARIABLE, "") or "auto"
     if choice not in CHOICES:
@@ -38,9 +38,7 @@ def decide(choice: str | None = None) -> Decision:
     if choice == "always":
         return Decision(True, f"{VARIABLE}=always")
     if not has_nvidia_gpu():
-        return Decision(
-            False, f"no NVIDIA GPU here: making the pure package without CUDA kernels; {_HOW_TO_ASK}"
-        )
+        return Decision(False, f"no NVIDIA GPU here: making the pure package, no CUDA kernels; {_HOW_TO_ASK}")
     return Decision(True, f"an NVIDIA GPU is present (set {VARIABLE}=never to skip compiling)")
 
 

@@ -8,15 +8,14 @@ import re
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from build_support import ninja_file, ptxas
 from build_support.architectures import requested_architectures
 from build_support.errors import BuildError
 from build_support.instantiations import instantiations
-from build_support.platform_tag import platform_tag
+from build_support.report import BuildReport, UnitCost
 from build_support.toolchain import Toolchain, find_toolchain
 
 MEMORY_PER_JOB_BYTES = 3 * 2**30
@@ -25,8 +24,7 @@ MEMORY_PER_JOB_BYTES = 3 * 2**30
 @dataclass(frozen=True)
 class BuiltLibrary:
     path: Path  # inside the package
-    platform_tag: str
-    report: Path  # JSON: seconds and memory per translation unit, sizes, kernels
+    report: BuildReport
 
 
 def build(root: Path, *, clean: bool = False) -> BuiltLibrary:
@@ -50,57 +48,27 @@ def build(root: Path, *, clean: bool = False) -> BuiltLibrary:
     jobs = job_count()
     start = time.time()
     _run_ninja(toolchain, build_dir, jobs)
-    seconds = time.time() - start
+    wall_seconds = round(time.time() - start, 1)
 
-    records = {unit: json.loads(Path(build_dir, f"{unit.object}.json").read_text()) for unit in units}
-    kernels = _check_kernels(build_dir, [record["output"] for record in records.values()])
+    record_files = [Path(build_dir, f"{unit.object}.json") for unit in units]
+    records = [json.loads(file.read_text()) for file in record_files]
     library = build_dir / ninja_file.LIBRARY
-    tag = platform_tag(library)
-    report = build_dir / "report.json"
-    compiled = [unit for unit in units if Path(build_dir, f"{unit.object}.json").stat().st_mtime >= start]
-    report.write_text(
-        json.dumps(
-            {
-                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "cuda": toolchain.cuda_version,
-                "torch": toolchain.torch_version,
-                "architectures": [f"{a.number}{'+PTX' if a.ptx else ''}" for a in architectures],
-                "jobs": jobs,
-                "compiled_now": len(compiled),
-                "wall_seconds": round(seconds, 1),
-                "library_bytes": library.stat().st_size,
-                "platform_tag": tag,
-                "translation_units": [
-                    {
-                        "source": str(unit.source),
-                        "seconds": record["seconds"],
-                        "peak_memory_bytes": record["peak_memory_bytes"],
-                    }
-                    for unit, record in records.items()
-                ],
-                "kernels": [kernel.as_row() for kernel in kernels],
-            },
-            indent=1,
-        )
-        + "\n"
+    report = BuildReport(
+        cuda=toolchain.cuda_version,
+        torch=toolchain.torch_version,
+        architectures=[str(architecture) for architecture in architectures],
+        jobs=jobs,
+        compiled_now=sum(file.stat().st_mtime >= start for file in record_files),
+        wall_seconds=wall_seconds,
+        library_bytes=library.stat().st_size,
+        units=[
+            UnitCost(str(unit.source), record["seconds"], record["peak_memory_bytes"])
+            for unit, record in zip(units, records, strict=True)
+        ],
+        kernels=_check_kernels(build_dir, [record["output"] for record in records]),
     )
-    return BuiltLibrary(_install(library, root), tag, report)
-
-
-def summary(report: Path) -> str:
-    """Three lines about a build report."""
-    data = json.loads(report.read_text())
-    units = data["translation_units"]
-    slowest = max(units, key=lambda unit: unit["seconds"])
-    largest = max(units, key=lambda unit: unit["peak_memory_bytes"])
-    return (
-        f"{data['compiled_now']} of {len(units)} translation units compiled in {data['wall_seconds']} s with "
-        f"{data['jobs']} jobs (CUDA {data['cuda']}, torch {data['torch']}, {';'.join(data['architectures'])})\n"
-        f"slowest {slowest['seconds']} s ({slowest['source']}), largest "
-        f"{largest['peak_memory_bytes'] / 2**30:.2f} GiB ({largest['source']}), all of them "
-        f"{sum(unit['seconds'] for unit in units):.1f} s one after another\n"
-        f"library {data['library_bytes'] / 1e6:.2f} MB, {len(data['kernels'])} kernels, {data['platform_tag']}"
-    )
+    report.write(build_dir / "report.json")
+    return BuiltLibrary(_install(library, root), report)
 
 
 def job_count() -> int:
@@ -125,22 +93,16 @@ def _available_memory_bytes() -> int:
 
 def _run_ninja(toolchain: Toolchain, build_dir: Path, jobs: int) -> None:
     # stdin must not be inherited: build front ends may hand the hook a closed one.
-    finished = subprocess.run(
-        [str(toolchain.ninja), "-C", str(build_dir), "-j", str(jobs)], stdin=subprocess.DEVNULL, check=False
-    )
+    command = [str(toolchain.ninja), "-C", str(build_dir), "-j", str(jobs)]
+    finished = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
     if finished.returncode != 0:
-        raise BuildError(
-            f"compiling the CUDA kernels failed (ninja exit code {finished.returncode}); see above"
-        )
+        raise BuildError(f"compiling failed, see above (ninja exit code {finished.returncode})")
 
 
 def _check_kernels(build_dir: Path, outputs: list[str]) -> list[ptxas.Kernel]:
     mangled = [kernel for output in outputs for kernel in ptxas.parse_report(output)]
     readable = ptxas.demangle([kernel.name for kernel in mangled])
-    kernels = [
-        ptxas.Kernel(**{**kernel.as_row(), "name": name})
-        for kernel, name in zip(mangled, readable, strict=True)
-    ]
+    kernels = [replace(kernel, name=name) for kernel, name in zip(mangled, readable, strict=True)]
     kernel_table = build_dir / "kernels.txt"
     kernel_table.write_text(ptxas.table(kernels))
     warnings = [warning for output in outputs for warning in ptxas.fatal_warnings(output)]
@@ -149,18 +111,18 @@ def _check_kernels(build_dir: Path, outputs: list[str]) -> list[ptxas.Kernel]:
         f"{kernel.spill_load_bytes} loaded"
         for kernel in ptxas.forbidden_spills(kernels)
     ]
-    if warnings or spills:
-        parts = []
-        if warnings:
-            parts.append("ptxas warnings that mean a slow kernel:\n  " + "\n  ".join(warnings))
-        if spills:
-            parts.append("register spills:\n  " + "\n  ".join(spills))
+    parts = []
+    if warnings:
+        parts.append("ptxas warnings that mean a slow kernel:\n  " + "\n  ".join(warnings))
+    if spills:
+        parts.append("register spills:\n  " + "\n  ".join(spills))
+    if parts:
         raise BuildError("\n".join(parts) + f"\nThe whole table is in {kernel_table}")
     return kernels
 
 
 def _install(library: Path, root: Path) -> Path:
-    """Copies the library into the package by an atomic rename: a running process may have the old one mapped."""
+    """Puts the library into the package by renaming: a running process may have the old one mapped."""
     target = root / "src" / "flash_attn_kernels" / "lib" / library.name
     target.parent.mkdir(exist_ok=True)
     if target.is_file() and target.read_bytes() == library.read_bytes():

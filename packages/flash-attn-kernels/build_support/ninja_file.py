@@ -1,8 +1,8 @@
 """Sources -> build.ninja, in a build folder that is never inside the package.
 
-Everything is relative to the build folder, and compilers are reached through links in `toolchain/`, so that the
-command lines, and with them ninja's idea of what is up to date, stay the same when an isolated build environment
-puts torch or nvcc somewhere else. The versions are in the stamp.
+Everything is relative to the build folder, and compilers are reached through links in `toolchain/`, so that
+the command lines, and with them ninja's idea of what is up to date, stay the same when an isolated build
+environment puts torch or nvcc somewhere else. The versions are in the stamp.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ COMPILE_FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # freezes torch's stable ABI at 2.11
     "-Xptxas=-v",  # the resource report that ptxas.py reads
 )
-# libtorch.so is the umbrella of CPU and CUDA builds alike. --no-as-needed keeps it among the needed libraries: torch
-# loads its libraries privately, so that without it the stable-ABI functions would not be found. No rpath.
+# libtorch.so is the umbrella of CPU and CUDA builds alike. --no-as-needed keeps it among the needed libraries:
+# torch loads its libraries privately, so that without it the stable-ABI functions would not be found. No rpath.
 LINK_FLAGS = (
     "-shared",
     "-Wl,--no-as-needed",
