@@ -28,6 +28,9 @@ class Architecture:
     number: int
     ptx: bool
 
+    def __str__(self) -> str:
+        return f"{self.number}{'+PTX' if self.ptx else ''}"
+
 
 def requested_architectures(text: str | None = None) -> list[Architecture]:
     """Parses `text` (default: the environment variable); BuildError for anything that is not such a list."""

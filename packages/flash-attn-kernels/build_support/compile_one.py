@@ -3,9 +3,9 @@
     python compile_one.py --object X.o --inside FOLDER [--inside FOLDER] --stamp TEXT -- nvcc ...
 
 Writes X.o.json with the wall seconds, the peak memory of the largest compiler process (bytes) and nvcc's
-output, which holds the ptxas report. Rewrites the dependency file X.o.d to the files inside the given folders:
-torch and the toolkit are covered by the stamp, and their paths differ from one isolated build environment to
-the next. Uses the standard library alone and imports nothing of build_support, since ninja runs it as a script.
+output, which holds the ptxas report. Rewrites the dependency file X.o.d to the files inside the given
+folders: torch and the toolkit are covered by the stamp, and their paths differ from one isolated build
+environment to the next. Imports nothing of build_support, since ninja runs it as a script.
 """
 
 from __future__ import annotations

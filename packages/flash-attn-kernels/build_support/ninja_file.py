@@ -27,8 +27,8 @@ COMPILE_FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # freezes torch's stable ABI at 2.11
     "-Xptxas=-v",  # the resource report that ptxas.py reads
 )
-# libtorch.so is the umbrella of CPU and CUDA builds alike. --no-as-needed keeps it among the needed libraries:
-# torch loads its libraries privately, so that without it the stable-ABI functions would not be found. No rpath.
+# libtorch.so is the umbrella of CPU and CUDA builds alike. --no-as-needed keeps it among the needed ones:
+# torch loads its libraries privately, so without it the stable-ABI functions would not be found. No rpath.
 LINK_FLAGS = (
     "-shared",
     "-Wl,--no-as-needed",
@@ -114,8 +114,8 @@ def write_ninja_file(
         f"stamp = {stamp}",
         f"flags = {' '.join(COMPILE_FLAGS)} {includes}",
         "rule compile",
-        f"  command = toolchain/python {support}/compile_one.py --object $out --inside {csrc} --inside generated "
-        '--stamp "$stamp" -- toolchain/cuda/bin/nvcc $flags $gencode -c $in',
+        f"  command = toolchain/python {support}/compile_one.py --object $out --inside {csrc} "
+        '--inside generated --stamp "$stamp" -- toolchain/cuda/bin/nvcc $flags $gencode -c $in',
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = nvcc $in",

@@ -1,7 +1,7 @@
 """The platform tag that a compiled library can honestly claim.
 
-A wheel tagged manylinux_2_N promises to load on every system with glibc >= 2.N and the GCC runtime libraries of that
-age. N follows from the symbol versions that the library needs.
+A wheel tagged manylinux_2_N promises to load on every system with glibc >= 2.N and the GCC runtime libraries
+of that age. N follows from the symbol versions that the library needs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from elftools.elf.gnuversions import GNUVerNeedSection
 
 from build_support.errors import BuildError
 
-# Highest version of each runtime symbol family that a manylinux_2_N system is sure to have (PEP 600 and the symbol
-# policies of the manylinux project), as (version, N) in rising order.
+# Highest version of each runtime symbol family that a manylinux_2_N system is sure to have (PEP 600 and the
+# symbol policies of the manylinux project), as (version, N) in rising order.
 _RUNTIME_VERSIONS = {
     "GLIBCXX": (((3, 4, 19), 17), ((3, 4, 22), 24), ((3, 4, 24), 27), ((3, 4, 28), 31), ((3, 4, 29), 34),
                 ((3, 4, 30), 35), ((3, 4, 33), 39)),
@@ -30,13 +30,10 @@ _OLDEST = 17
 def needed_versions(library: Path) -> set[str]:
     """Symbol versions that `library` asks of other libraries, such as {"GLIBC_2.34", "GLIBCXX_3.4.29"}."""
     with library.open("rb") as file:
-        sections = [s for s in ELFFile(file).iter_sections() if isinstance(s, GNUVerNeedSection)]
-        return {
-            version.name
-            for section in sections
-            for _, versions in section.iter_versions()
-            for version in versions
-        }
+        needs = [
+            section for section in ELFFile(file).iter_sections() if isinstance(section, GNUVerNeedSection)
+        ]
+        return {entry.name for need in needs for _, entries in need.iter_versions() for entry in entries}
 
 
 def manylinux_minor(versions: Iterable[str]) -> int:

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 # wgmma serialised, registers not reallocated and their kin: the kernel is correct and several times slower.
 _FATAL_WARNING = re.compile(r"^.*\bC75(?:0[4-9]|1[0-5])\b.*$", re.MULTILINE)
@@ -15,7 +15,7 @@ _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) 
 _USED = re.compile(r"Used (\d+) registers")
 _STATIC_SHARED = re.compile(r"(\d+) bytes smem")
 
-# Kernels that may spill: a regular expression on the readable name -> the reason, with the measurement behind it.
+# Kernels that may spill: regular expression on the readable name -> the reason, with its measurement.
 ALLOWED_SPILLS: dict[str, str] = {}
 
 
@@ -33,16 +33,14 @@ class Kernel:
     def spills(self) -> bool:
         return self.spill_store_bytes > 0 or self.spill_load_bytes > 0
 
-    def as_row(self) -> dict[str, str | int]:
-        return asdict(self)
-
 
 def parse_report(output: str) -> list[Kernel]:
     """Every entry function in nvcc's output, in order, under its mangled name."""
     kernels = []
     entries = list(_ENTRY.finditer(output))
-    for entry, following in zip(entries, [*entries[1:], None], strict=True):
-        block = output[entry.end() : following.start() if following else len(output)]
+    for index, entry in enumerate(entries):
+        end = entries[index + 1].start() if index + 1 < len(entries) else len(output)
+        block = output[entry.end() : end]
         # The function's own properties come first; those of functions that it calls may follow.
         spills, used = _SPILLS.search(block), _USED.search(block)
         if spills is None or used is None:
@@ -89,8 +87,6 @@ def table(kernels: Iterable[Kernel]) -> str:
     lines = [f"{'arch':8} {'regs':>4} {'smem':>7} {'stack':>6} {'spills':>11}  kernel"]
     for kernel in sorted(kernels, key=lambda kernel: (-kernel.registers, kernel.name, kernel.architecture)):
         spills = f"{kernel.spill_store_bytes}/{kernel.spill_load_bytes}"
-        lines.append(
-            f"{kernel.architecture:8} {kernel.registers:4} {kernel.static_shared_bytes:7} {kernel.stack_bytes:6} "
-            f"{spills:>11}  {kernel.name}"
-        )
+        memory = f"{kernel.static_shared_bytes:7} {kernel.stack_bytes:6}"
+        lines.append(f"{kernel.architecture:8} {kernel.registers:4} {memory} {spills:>11}  {kernel.name}")
     return "\n".join(lines) + "\n"

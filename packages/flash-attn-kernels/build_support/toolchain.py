@@ -1,4 +1,4 @@
-"""Finds what a build needs: nvcc (on the machine or from the package index), torch, ninja, a host compiler."""
+"""Finds what a build needs: nvcc (on the machine or among the installed packages), torch, ninja, g++."""
 
 from __future__ import annotations
 
@@ -129,9 +129,7 @@ def _cuda_library_dir(cuda_home: Path) -> Path:
 
 
 def _find_torch() -> tuple[Path, str]:
-    spec = importlib.util.find_spec(
-        "torch"
-    )  # found, not imported: importing takes seconds and runs CUDA probes
+    spec = importlib.util.find_spec("torch")  # found, not imported: importing takes seconds
     if spec is None or spec.origin is None:
         raise BuildError(f"torch is not installed for {sys.executable}: pip install 'torch>=2.11'")
     version = importlib.metadata.version("torch")

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import render_benchmarks
+from benchmark_results import ResultError, read_result
+from repository import packages
+
+RESULT = {
+    "benchmark": "speed",
+    "gpu": "Some GPU",
+    "date": "2026-01-02T03:04:05+00:00",
+    "versions": {"torch": "2.11.0"},
+    "ceilings": {"gemm_tflops": 700.123, "copy_gbps": 3000.5},
+    "rows": [
+        {"seqlen": 1024, "causal": True, "ours_tflops": 123.456, "peer_tflops": None},
+        {"seqlen": 4096, "causal": False, "ours_tflops": 9.8765, "peer_tflops": 1.0},
+    ],
+}
+TEXT = "# Title\n\n<!-- benchmark:speed -->\nold figures\n<!-- /benchmark -->\nend\n"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    (tmp_path / "README.md").write_text("root\n")
+    for package in packages(tmp_path):
+        package.folder.mkdir(parents=True)
+        (package.folder / "README.md").write_text(TEXT if package.layer == "ops" else "nothing\n")
+    write_result(tmp_path, RESULT)
+    return tmp_path
+
+
+def write_result(root: Path, result: dict, name: str = "speed") -> Path:
+    path = packages(root)[1].folder / "benchmarks" / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result))
+    return path
+
+
+def render(root: Path, *, write: bool) -> list[str]:
+    results = {name: result for name, (_, result) in render_benchmarks.read_results(root).items()}
+    return render_benchmarks.render(root, results, write=write)
+
+
+def test_figures_appear_with_where_they_come_from(repository: Path) -> None:
+    assert render(repository, write=True) == []
+    text = (packages(repository)[1].folder / "README.md").read_text()
+    assert "old figures" not in text
+    assert text.startswith("# Title\n") and text.endswith("<!-- /benchmark -->\nend\n")
+    assert "Measured 2026-01-02 on Some GPU (torch 2.11.0)." in text
+    assert "700 TFLOP/s" in text
+    assert "| 1024 | True | 123 | – |" in text
+    assert "| 4096 | False | 9.88 | 1 |" in text
+
+
+def test_check_passes_after_rendering_and_fails_after_a_new_measurement(repository: Path) -> None:
+    assert any("differs from the results" in problem for problem in render(repository, write=False))
+    render(repository, write=True)
+    assert render(repository, write=False) == []
+    changed = json.loads(json.dumps(RESULT))
+    changed["rows"][0]["ours_tflops"] = 200.0
+    write_result(repository, changed)
+    assert any("differs from the results" in problem for problem in render(repository, write=False))
+
+
+def test_a_block_without_result_and_a_result_without_block_are_found(repository: Path) -> None:
+    write_result(repository, {**RESULT, "benchmark": "other"}, "other")
+    (packages(repository)[0].folder / "README.md").write_text(TEXT.replace("speed", "missing"))
+    problems = "\n".join(render(repository, write=False))
+    assert "no results/missing.json" in problems
+    assert "results/other.json is shown in no README" in problems
+
+
+def test_an_open_block_is_found(repository: Path) -> None:
+    (packages(repository)[0].folder / "README.md").write_text("<!-- benchmark:speed -->\n")
+    assert any("is not closed" in problem for problem in render(repository, write=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"rows": []}, "rows: expected at least one"),
+        ({"rows": [{"a": 1}, {"b": 1}]}, "same columns"),
+        ({"ceilings": {}}, "ceilings: got {}"),
+        ({"gpu": 3}, "gpu: got 3"),
+        ({"date": None}, "date: got None"),
+    ],
+)
+def test_a_malformed_result_is_refused_by_name(repository: Path, change: dict, complaint: str) -> None:
+    path = write_result(repository, {**RESULT, **change})
+    with pytest.raises(ResultError, match=r"speed\.json") as caught:
+        read_result(path)
+    assert complaint in str(caught.value)
+
+
+def test_plots_are_drawn_where_there_are_speeds(repository: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    ((_, result),) = render_benchmarks.read_results(repository).values()
+    render_benchmarks.plot(result, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
