@@ -1,0 +1,43 @@
+"""Named starting points. A preset is a partial config; keys given by the user win over it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Whole runs: `preset=NAME`.
+PRESETS: dict[str, dict[str, Any]] = {
+    # A few minutes on two CPU cores, from raw text to a sample. The head dimension is 64, so that the same
+    # preset runs through the CUDA kernels where there is a GPU.
+    "quickstart": {
+        "output_dir": "runs/quickstart",
+        "tokenizer": {"vocab_size": 4096},
+        "model": {"max_seqlen": 256, "n_layer": 4, "n_head": 4, "d_model": 256},
+        "optimizer": {"lr": 2e-3},
+        "trainer": {"max_steps": 500, "batch_size": 8, "val_every_n_steps": 100},
+        "checkpoint": {"every_n_steps": 100},
+    },
+    # Seconds: does everything once, learns little. For trying out an installation or a corpus.
+    "smoke": {
+        "output_dir": "runs/smoke",
+        "tokenizer": {"vocab_size": 512},
+        "model": {"max_seqlen": 64, "n_layer": 2, "n_head": 2, "d_model": 64},
+        "trainer": {"max_steps": 20, "batch_size": 8, "val_every_n_steps": 10, "val_sequences": 32},
+        "logging": {"every_n_steps": 5},
+        "checkpoint": {"every_n_steps": 10},
+        "generation": {"max_new_tokens": 40},
+    },
+}
+
+# Architectures: `model=NAME`. Sizes are left to the preset and to the user.
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {
+        "activation": "swiglu",
+        "norm": "rms_norm",
+        "position": "rotary",
+        "qkv_bias": False,
+        "out_bias": False,
+        "mlp_bias": False,
+        "tie_embeddings": False,
+    },
+}

@@ -1,0 +1,62 @@
+"""What a config's ``auto`` and null values mean on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+
+import torch
+
+from flash_attn_train.configs import TrainConfig
+from flash_attn_train.errors import ConfigError
+
+_COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """A copy with device, precision and schedule as definite values.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none, or it cannot compute in the precision asked for.
+    """
+    trainer, scheduler = config.trainer, config.scheduler
+    accelerator = trainer.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "trainer.accelerator: got 'cuda', but torch finds no CUDA device. Use auto or cpu, or install a "
+            "torch built for CUDA and a driver."
+        )
+    has_bf16 = accelerator == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = trainer.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if has_bf16 else "32-true"
+    if precision == "16-mixed" and accelerator == "cpu":
+        raise ConfigError(
+            "trainer.precision: got '16-mixed', which needs a GPU; expected 32-true or bf16-mixed."
+        )
+    if precision == "bf16-mixed" and accelerator == "cuda" and not has_bf16:
+        raise ConfigError(
+            "trainer.precision: got 'bf16-mixed', but this GPU has no bf16; expected 32-true or 16-mixed."
+        )
+    decay_steps = scheduler.decay_steps or trainer.max_steps
+    warmup_steps = decay_steps // 10 if scheduler.warmup_steps is None else scheduler.warmup_steps
+    return dataclasses.replace(
+        config,
+        trainer=dataclasses.replace(trainer, accelerator=accelerator, precision=precision),
+        scheduler=dataclasses.replace(scheduler, decay_steps=decay_steps, warmup_steps=warmup_steps),
+    )
+
+
+def compute_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype of matrix products and attention under the config's (resolved) precision."""
+    return _COMPUTE_DTYPES[config.trainer.precision]
+
+
+def describe_device(config: TrainConfig) -> str:
+    """The (resolved) device in words."""
+    if config.trainer.accelerator == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"

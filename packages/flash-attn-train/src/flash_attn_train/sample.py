@@ -1,0 +1,39 @@
+"""A sample of what the model writes."""
+
+from __future__ import annotations
+
+import torch
+from flash_attn_models.generation import generate
+from flash_attn_models.gpt import GPTLMHeadModel
+from tokenizers import Tokenizer
+
+from flash_attn_train.configs import GenerationConfig
+from flash_attn_train.data.tokenizer import END_OF_TEXT
+
+
+def write_sample(
+    model: GPTLMHeadModel, tokenizer: Tokenizer, config: GenerationConfig, *, prompt: str, seed: int
+) -> str:
+    """Prompt and continuation, up to the end of the text, ``max_new_tokens`` or the context, whichever comes
+    first.
+
+    An empty prompt starts a text of its own. Of a long prompt, the end is used.
+    """
+    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    ids = [end_of_text, *tokenizer.encode(prompt).ids]  # every text but the first follows an end
+    max_new_tokens = min(config.max_new_tokens, model.config.max_seqlen - 1)
+    ids = ids[-(model.config.max_seqlen - max_new_tokens) :]
+    device = next(model.parameters()).device
+    options = {}
+    if config.temperature > 0:
+        options = {
+            "do_sample": True,
+            "temperature": config.temperature,
+            "top_k": config.top_k,
+            "top_p": config.top_p,
+            "generator": torch.Generator(device).manual_seed(seed),
+        }
+    tokens = generate(
+        model, torch.tensor([ids], device=device), max_new_tokens, eos_token_id=end_of_text, **options
+    )
+    return tokenizer.decode(tokens[0].tolist())

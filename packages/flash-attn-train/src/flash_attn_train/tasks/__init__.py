@@ -1,0 +1,5 @@
+"""Lightning modules: what is computed in a training and a validation step."""
+
+from flash_attn_train.tasks.language_model import LanguageModel
+
+__all__ = ["LanguageModel"]

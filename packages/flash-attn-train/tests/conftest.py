@@ -1,0 +1,66 @@
+"""A small corpus and a small run, shared by the tests of this package."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flash_attn_train.configs import (
+    CheckpointConfig,
+    DataConfig,
+    GenerationConfig,
+    LoggingConfig,
+    ModelConfig,
+    TokenizerConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty text files of simple sentences."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    nouns, verbs = ["cat", "dog", "bird", "fish"], ["sees", "hears", "likes", "finds"]
+    for number in range(20):
+        lines = [f"the {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}." for _ in range(60)]
+        file = folder / f"part{number % 3}" / f"text{number:02d}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(lines) + f"\nend of text {number}\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("token_cache")
+
+
+@pytest.fixture
+def small_config(
+    corpus_folder: Path, token_cache: Path, tmp_path: Path
+) -> Callable[..., TrainConfig]:
+    """Builds a config that trains in about a second; keyword arguments ``section={...}`` change it."""
+
+    def build(**changes: Any) -> TrainConfig:
+        config = TrainConfig(
+            output_dir=str(tmp_path / "run"),
+            data=DataConfig(path=str(corpus_folder), val_fraction=0.2, cache_dir=str(token_cache)),
+            tokenizer=TokenizerConfig(vocab_size=300),
+            model=ModelConfig(max_seqlen=16, n_layer=1, n_head=2, d_model=16),
+            trainer=TrainerConfig(max_steps=6, batch_size=4, val_every_n_steps=3, val_sequences=8),
+            logging=LoggingConfig(every_n_steps=1, tensorboard=False),
+            checkpoint=CheckpointConfig(every_n_steps=2),
+            generation=GenerationConfig(max_new_tokens=4),
+        )
+        for name, change in changes.items():
+            if isinstance(change, dict):
+                change = dataclasses.replace(getattr(config, name), **change)
+            config = dataclasses.replace(config, **{name: change})
+        return config
+
+    return build
