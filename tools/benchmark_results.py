@@ -25,7 +25,7 @@ class Result:
     benchmark: str
     gpu: str | None
     date: str
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     ceilings: dict[str, float]
     rows: list[dict[str, Any]]
 

@@ -84,7 +84,7 @@ def render(root: Path, results: dict[str, Result], *, write: bool) -> list[str]:
 
 
 def markdown(result: Result) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items() if version)
     measured = f"Measured {result.date[:10]} on {result.gpu or 'a CPU'} ({versions})."
     if result.ceilings:
         gemm, copy = result.ceilings["gemm_tflops"], result.ceilings["copy_gbps"]
