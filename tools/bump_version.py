@@ -23,7 +23,7 @@ def bumped_files(root: Path, new: str) -> dict[Path, str]:
     if not normalised:
         raise ValueError(f"version: got {new!r}, expected a normalised PEP 440 version such as 0.2.0")
     old = re.escape(version(root))
-    contents = {}
+    contents: dict[Path, str] = {}
     for package in packages(root):
         edits = [(package.pyproject, rf'^(version = "){old}(")$')]
         if package.below:

@@ -22,6 +22,7 @@ from build_support.platform_tag import platform_tag
 from elftools.elf.dynamic import DynamicSection
 from elftools.elf.elffile import ELFFile
 from elftools.elf.gnuversions import GNUVerSymSection
+from elftools.elf.sections import SymbolTableSection
 from repository import Package, packages, version
 
 MAXIMUM_BYTES = 60_000_000
@@ -120,13 +121,17 @@ def elf_problems(library: Path) -> list[str]:
         dynamic = elf.get_section_by_name(".dynamic")
         symbols = elf.get_section_by_name(".dynsym")
         versions = elf.get_section_by_name(".gnu.version")
-        if not isinstance(dynamic, DynamicSection) or not isinstance(versions, GNUVerSymSection):
-            return [f"{library.name} is not a dynamic library with symbol versions"]
+        if not isinstance(dynamic, DynamicSection) or not isinstance(symbols, SymbolTableSection):
+            return [f"{library.name} is not a dynamic library"]
+        if not isinstance(versions, GNUVerSymSection):
+            return [f"{library.name} has no symbol versions"]
         for tag in dynamic.iter_tags():
-            if tag.entry.d_tag == "DT_NEEDED" and not NEEDED_LIBRARIES.fullmatch(tag.needed):
-                problems.append(f"needs {tag.needed}")
-            elif tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH"):
-                problems.append(f"has the search path {getattr(tag, tag.entry.d_tag[3:].lower())}")
+            kind = tag.entry.d_tag
+            value = getattr(tag, kind.removeprefix("DT_").lower(), "")  # pyelftools names it after the kind
+            if kind == "DT_NEEDED" and not NEEDED_LIBRARIES.fullmatch(value):
+                problems.append(f"needs {value}")
+            elif kind in ("DT_RPATH", "DT_RUNPATH"):
+                problems.append(f"has the search path {value}")
         for index, symbol in enumerate(symbols.iter_symbols()):
             if index == 0 or symbol.entry.st_shndx != "SHN_UNDEF":
                 continue
