@@ -1,0 +1,119 @@
+"""Which implementation runs an operation, and why.
+
+There are two: ``triton`` (GPU kernels) and ``reference`` (plain torch operations, any device and dtype). The
+choice is a pure function of a few facts, :func:`choose`; :func:`runs_on_triton` collects the facts from
+tensors, and warns once for each reason for which a CUDA tensor is left to the slow path.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_INTERPRETS = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # as Triton itself reads it, when kernels are defined
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_CAPABILITY = (8, 0)
+
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that runs, and the reason."""
+
+    path: Literal["triton", "reference"]
+    reason: str
+
+
+def choose(
+    device_type: str,
+    dtypes: tuple[torch.dtype, ...],
+    capability: tuple[int, int] | None,
+    *,
+    triton_installed: bool,
+    interpreted: bool,
+) -> Choice:
+    """The path for tensors of these dtypes on this device; ``capability`` is None where the device has
+    none."""
+    if device_type == "cuda":
+        if not triton_installed:
+            return Choice(
+                "reference", "Triton is not installed; install the triton package for the fast kernels"
+            )
+        if capability is not None and capability < MIN_CAPABILITY:
+            name = ".".join(map(str, capability))
+            return Choice(
+                "reference", f"the GPU has compute capability {name} and the kernels need 8.0 or newer"
+            )
+    elif not (device_type == "cpu" and interpreted and triton_installed):
+        return Choice("reference", f"the tensors are on {device_type} and the kernels run on CUDA devices")
+    unsupported = [str(dtype) for dtype in dtypes if dtype not in KERNEL_DTYPES]
+    if unsupported:
+        return Choice(
+            "reference", f"the kernels compute in float32, which is not enough for {unsupported[0]}"
+        )
+    if device_type == "cuda":
+        return Choice("triton", "CUDA tensors of a supported dtype")
+    return Choice("triton", "TRITON_INTERPRET=1 runs the kernels on the CPU")
+
+
+def explain(*tensors: Tensor) -> Choice:
+    """The path these tensors take through any operation of this package, and why."""
+    device = tensors[0].device
+    capability = None
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+    return choose(
+        device.type,
+        tuple(tensor.dtype for tensor in tensors),
+        capability,
+        triton_installed=TRITON_INSTALLED,
+        interpreted=TRITON_INTERPRETS,
+    )
+
+
+def runs_on_triton(operation: str, *tensors: Tensor | None) -> bool:
+    """Whether the kernels take these tensors (None is skipped, and so are calls that have nothing to
+    compute)."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if given[0].numel() == 0:
+        return False
+    choice = explain(*given)
+    if choice.path == "reference" and given[0].is_cuda and not torch.compiler.is_compiling():
+        message = f"{operation} runs as plain torch operations: {choice.reason}."
+        if message not in _warned:
+            _warned.add(message)
+            warnings.warn(message, stacklevel=4)
+    return choice.path == "triton"
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's GPU current, which is where Triton launches. Costs nothing where it already is."""
+    if (
+        tensor.is_cuda
+        and not torch.compiler.is_compiling()
+        and tensor.device.index != torch.cuda.current_device()
+    ):
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def device_limits(tensor: Tensor) -> tuple[int, int]:
+    """Multiprocessors of the tensor's device, and the shared memory in bytes that one of them gives to
+    programs."""
+    if (
+        not tensor.is_cuda
+    ):  # the interpreter: a small device, so that persistent programs walk more than one row
+        return 2, 2**16
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return properties.multi_processor_count, properties.shared_memory_per_multiprocessor

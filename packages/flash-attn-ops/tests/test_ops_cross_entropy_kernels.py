@@ -1,0 +1,228 @@
+"""The cross-entropy kernels against float64, with plain torch in the same dtype as the measure of error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from flash_attn_kernels.testing import assert_within_reference_error
+from flash_attn_ops.cross_entropy import cross_entropy
+from flash_attn_ops.dispatch import explain
+from torch import Tensor
+
+pytestmark = pytest.mark.gpu
+
+FP16, FP32 = torch.float16, torch.float32
+# Triton's interpreter cuts float32 off where the hardware rounds it to bfloat16; its float16 is right.
+BF16 = torch.bfloat16 if torch.cuda.is_available() else FP16
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int
+    classes: int
+    dtype: torch.dtype = BF16
+    label_smoothing: float = 0.0
+    logit_scale: float = 1.0
+    z_loss: float = 0.0
+    ignore_index: int = -100
+    reduction: str = "mean"
+    inplace_backward: bool = False
+
+    @property
+    def options(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name not in ("rows", "classes", "dtype")}
+
+
+SMALL = [
+    Case(7, 64),
+    Case(7, 1000, dtype=FP32, label_smoothing=0.1, logit_scale=0.7, z_loss=0.01),
+    Case(5, 1, dtype=FP32, z_loss=0.1),
+    Case(3, 4097, label_smoothing=0.2, reduction="sum"),
+    Case(3, 9000, dtype=FP32, reduction="none", inplace_backward=True),
+    Case(9, 300, dtype=FP16, ignore_index=0, reduction="none", logit_scale=-2.0),
+    Case(9, 304, z_loss=1e-3, inplace_backward=True, label_smoothing=1.0),
+]
+LARGE = [
+    Case(1021, 32000, inplace_backward=True),
+    Case(517, 50257, label_smoothing=0.1, z_loss=1e-4),
+    Case(259, 131072, reduction="none", inplace_backward=True),
+    Case(33, 256000, dtype=FP32, logit_scale=0.5, reduction="sum"),
+]
+
+
+def plain(case: Case, logits: Tensor, labels: Tensor) -> Tensor:
+    """torch's own cross-entropy plus the z-loss."""
+    scaled = logits * case.logit_scale
+    ignored = labels == case.ignore_index
+    losses = F.cross_entropy(
+        scaled, labels, reduction="none", label_smoothing=case.label_smoothing, ignore_index=case.ignore_index
+    )
+    losses = losses + (case.z_loss * scaled.logsumexp(-1).square()).masked_fill(ignored, 0.0)
+    if case.reduction == "none":
+        return losses
+    return losses.sum() if case.reduction == "sum" else losses.sum() / (~ignored).sum()
+
+
+def check(case: Case, device: str) -> None:
+    logits = (torch.randn(case.rows, case.classes, device=device) * 3).to(case.dtype)
+    labels = torch.randint(0, case.classes, (case.rows,), device=device)
+    labels[::3] = case.ignore_index
+    assert explain(logits).path == "triton"
+    upstream = torch.randn(case.rows if case.reduction == "none" else (), device=device)
+    results = {}
+    for name, dtype in (("ours", case.dtype), ("exact", torch.float64), ("same", case.dtype)):
+        leaf = logits.detach().to(dtype).requires_grad_()
+        hidden = leaf * 1  # what an in-place backward may overwrite
+        loss = (
+            cross_entropy(hidden, labels, **case.options) if name == "ours" else plain(case, hidden, labels)
+        )
+        loss.backward(upstream.to(loss.dtype))
+        results[name] = {"loss": loss, "d_logits": leaf.grad, "overwritten": torch.equal(hidden, leaf.grad)}
+    for name, factor in (("loss", 2.0), ("d_logits", 3.0)):
+        ours, exact, same = (results[which][name] for which in ("ours", "exact", "same"))
+        assert_within_reference_error(ours, exact, same, factor=factor, name=name)
+    assert results["ours"]["loss"].dtype == FP32 and results["ours"]["d_logits"].dtype == case.dtype
+    assert results["ours"]["overwritten"] == case.inplace_backward
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_small(case: Case, device: str) -> None:
+    check(case, device)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large(case: Case) -> None:
+    check(case, "cuda")
+
+
+def test_every_row_ignored(device: str) -> None:
+    labels = torch.full((4,), -100, device=device)
+    for reduction, expected in (("mean", float("nan")), ("sum", 0.0)):
+        logits = torch.randn(4, 10, device=device, requires_grad=True)
+        loss = cross_entropy(logits, labels, reduction=reduction)
+        torch.testing.assert_close(
+            loss.detach().cpu(), torch.tensor(expected), equal_nan=True, rtol=0, atol=0
+        )
+        loss.backward()
+        assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_ignored_rows_may_hold_anything(device: str) -> None:
+    logits = torch.randn(3, 10, device=device)
+    logits[1] = float("nan")
+    labels = torch.tensor([2, -100, 3], device=device)
+    leaf = logits.clone().requires_grad_()
+    loss = cross_entropy(leaf, labels)
+    loss.backward()
+    assert (
+        loss.isfinite()
+        and torch.equal(leaf.grad[1], torch.zeros(10, device=device))
+        and leaf.grad.isfinite().all()
+    )
+
+
+def test_infinite_logits(device: str) -> None:
+    """-inf is a class that cannot be: the others share the probability."""
+    logits = torch.randn(2, 5000, device=device)
+    logits[:, :4500] = -float("inf")  # the first block of the online softmax sees nothing else
+    leaf, exact, same = (logits.to(dtype).clone().requires_grad_() for dtype in (FP32, torch.float64, FP32))
+    labels = torch.tensor([4600, 4999], device=device)
+    losses = [cross_entropy(leaf, labels), F.cross_entropy(exact, labels), F.cross_entropy(same, labels)]
+    for loss in losses:
+        loss.backward()
+    assert_within_reference_error(*losses)
+    assert_within_reference_error(leaf.grad, exact.grad, same.grad, factor=3.0)
+    hopeless = cross_entropy(logits, torch.tensor([0, 4999], device=device), reduction="none")
+    assert hopeless[0] == float("inf") and hopeless[1].isfinite()
+
+
+def test_labels_out_of_range_give_nan(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flash_attn_ops import cross_entropy as module
+
+    monkeypatch.setattr(module, "_check", lambda *_: None)  # a GPU's host does not read the labels
+    logits = torch.randn(4, 10, device=device, requires_grad=True)
+    losses = cross_entropy(logits, torch.tensor([3, 10, -1, 9], device=device), reduction="none")
+    losses.sum().backward()
+    wrong = torch.tensor([False, True, True, False], device=device)
+    assert torch.equal(losses.isnan(), wrong) and torch.equal(logits.grad.isnan().all(1), wrong)
+
+
+def test_strided_logits(device: str) -> None:
+    """A padded vocabulary sliced off, transposed logits, expanded upstream gradients."""
+    labels = torch.tensor([1, 0, 7, -100], device=device)
+    for x in (torch.randn(4, 16, device=device)[:, :9], torch.randn(9, 4, device=device).t()):
+        leaf, copy = x.detach().requires_grad_(), x.detach().clone().contiguous().requires_grad_()
+        cross_entropy(leaf, labels, reduction="none").sum().backward()
+        cross_entropy(copy, labels, reduction="none").backward(torch.ones(4, device=device))
+        assert torch.equal(leaf.grad, copy.grad)
+
+
+def test_in_place_on_a_slice_leaves_the_padding(device: str) -> None:
+    padded = torch.randn(4, 16, device=device)
+    before = padded.clone()
+    logits = padded[:, :9].detach().requires_grad_()
+    labels = torch.tensor([1, 0, 7, -100], device=device)
+    cross_entropy(logits, labels, inplace_backward=True).backward()
+    assert torch.equal(padded[:, 9:], before[:, 9:]) and torch.equal(padded[:, :9], logits.grad)
+
+
+def test_second_backward_in_place_is_an_error(device: str) -> None:
+    logits = torch.randn(4, 9, device=device, requires_grad=True)
+    labels = torch.tensor([1, 0, 7, 2], device=device)
+    loss = cross_entropy(logits, labels, inplace_backward=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace_backward=False"):
+        loss.backward()
+
+
+def test_other_users_of_the_overwritten_logits_find_out(device: str) -> None:
+    leaf = torch.randn(4, 9, device=device, requires_grad=True)
+    logits = leaf * 1
+    square = logits.square().sum()
+    cross_entropy(logits, torch.tensor([1, 0, 7, 2], device=device), inplace_backward=True).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+def test_same_bits_twice() -> None:
+    logits = torch.randn(777, 50304, device="cuda", dtype=BF16)
+    labels = torch.randint(0, 50304, (777,), device="cuda")
+    results = []
+    for _ in range(2):
+        leaf = logits.clone().requires_grad_()
+        loss = cross_entropy(leaf, labels, label_smoothing=0.1, z_loss=1e-4)
+        loss.backward()
+        results.append((loss, leaf.grad))
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    """The last rows come out as they do alone."""
+    rows, classes = 2**31 // 131072 + 9, 131072
+    logits = torch.randn(rows, classes, device="cuda", dtype=BF16)
+    labels = torch.randint(0, classes, (rows,), device="cuda")
+    tail = logits[-12:].detach().clone().requires_grad_()
+    logits.requires_grad_()
+    losses = cross_entropy(logits, labels, reduction="none", inplace_backward=True)
+    expected = cross_entropy(tail, labels[-12:], reduction="none")
+    assert torch.equal(losses[-12:], expected)
+    losses.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(logits.grad[-12:], tail.grad)
+
+
+def test_compiles_to_one_graph() -> None:
+    def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(logits * 2, labels, label_smoothing=0.1, inplace_backward=True)
+
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (5, 12):
+        leaf = torch.randn(rows, 1000, device="cuda", requires_grad=True)
+        copy = leaf.detach().clone().requires_grad_()
+        labels = torch.randint(0, 1000, (rows,), device="cuda")
+        compiled(leaf, labels).backward()
+        loss_of(copy, labels).backward()
+        assert torch.equal(leaf.grad, copy.grad)
