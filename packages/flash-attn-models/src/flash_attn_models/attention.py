@@ -1,0 +1,29 @@
+"""Attention functions for the layer above, and which of their paths a model takes."""
+
+from __future__ import annotations
+
+import torch
+from flash_attn_ops.attention import Explanation, explain, flash_attn_func, flash_attn_varlen_func
+
+from flash_attn_models.gpt.config import GPTConfig
+
+__all__ = ["Explanation", "attention_path", "explain", "flash_attn_func", "flash_attn_varlen_func"]
+
+
+def attention_path(
+    config: GPTConfig, *, seqlen: int, device: torch.device | str, dtype: torch.dtype
+) -> Explanation:
+    """What the attention of a model in training will run on, and why each faster path was passed over.
+
+    Args:
+        config: the model; its attention dropout counts.
+        seqlen: tokens per sequence.
+        device, dtype: where and in which precision attention computes (under autocast, autocast's dtype).
+    """
+
+    # Expanded, so that asking about a long sequence takes no memory.
+    def heads(count: int) -> torch.Tensor:
+        return torch.empty(1, 1, count, config.head_dim, device=device, dtype=dtype).expand(1, seqlen, -1, -1)
+
+    k = heads(config.num_heads_kv)
+    return explain(heads(config.n_head), k, k, dropout_p=config.attn_dropout, causal=True)

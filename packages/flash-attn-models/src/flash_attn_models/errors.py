@@ -1,0 +1,23 @@
+"""One wording for every rejected argument, and the closest valid name for a mistyped one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def bad_argument(name: str, got: object, expected: str, fix: str) -> ValueError:
+    """A ``ValueError`` that names the argument, what was given, what is accepted, and the way out."""
+    return ValueError(f"{name}: got {got}; expected {expected}. Fix: {fix}.")
+
+
+def closest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name most like ``name``, or None if nothing resembles it."""
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"``, or an empty string if nothing resembles ``name``."""
+    match = closest(name, valid)
+    return f" (did you mean {match!r}?)" if match else ""

@@ -1,0 +1,149 @@
+"""Hugging Face's GPT-2: its config and its tensor names, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flash_attn_models.gpt.config import GPTConfig
+from flash_attn_models.gpt.hugging_face.config_fields import (
+    TOKEN_FIELDS,
+    refuse_unknown,
+    require,
+    token_ids_from,
+    unsupported,
+)
+from flash_attn_models.gpt.hugging_face.state_dict import Entry, Layout, layer_entries, make_layout
+
+# What transformers assumes for a field that config.json leaves out.
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+    "initializer_range": 0.02,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+    "pad_token_id": None,
+}
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "n_positions": "max_seqlen",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "d_model",
+    "n_inner": "d_inner",
+    "layer_norm_epsilon": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+    "resid_pdrop": "dropout",
+    "embd_pdrop": "embedding_dropout",
+    "attn_pdrop": "attn_dropout",
+    "initializer_range": "initializer_range",
+}
+_REQUIRED = {
+    "scale_attn_weights": (True, "attention scores are always divided by sqrt(head dimension)"),
+    "scale_attn_by_inverse_layer_idx": (False, "the scale of attention is the same in all layers"),
+    "add_cross_attention": (False, "this is a decoder without an encoder"),
+}
+# n_ctx repeats n_positions; reorder_and_upcast_attn asks for the fp32 softmax that our attention always has;
+# the summary fields shape a classification head.
+_INERT = {
+    "n_ctx",
+    "reorder_and_upcast_attn",
+    "summary_activation",
+    "summary_first_dropout",
+    "summary_proj_to_labels",
+    "summary_type",
+    "summary_use_proj",
+}
+_ACTIVATION_TO_OURS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+}
+_ACTIVATION_FROM_OURS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
+
+
+def config_from(fields: Mapping[str, Any]) -> GPTConfig:
+    """The GPTConfig of the contents of a GPT-2 ``config.json``; ValueError naming what it cannot express."""
+    refuse_unknown(fields, {*_DEFAULTS, *_REQUIRED, *_INERT})
+    for name, (value, why) in _REQUIRED.items():
+        require(fields, name, value, why)
+    values = {**_DEFAULTS, **fields}
+    activation = values["activation_function"]
+    if activation not in _ACTIVATION_TO_OURS:
+        raise unsupported("activation_function", activation, f"one of {', '.join(_ACTIVATION_TO_OURS)}")
+    if values["embd_pdrop"] == values["resid_pdrop"]:
+        values["embd_pdrop"] = None
+    return GPTConfig(
+        **{ours: values[theirs] for theirs, ours in _FIELDS.items()},
+        **token_ids_from(values),
+        activation=_ACTIVATION_TO_OURS[activation],
+    )
+
+
+def config_to(config: GPTConfig) -> dict[str, Any]:
+    """The contents of ``config.json`` for a config without ``obstacles``."""
+    plain = config.to_dict()
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{theirs: plain[ours] for theirs, ours in _FIELDS.items()},
+        **{name: plain[name] for name in TOKEN_FIELDS},
+        "embd_pdrop": config.dropout if config.embedding_dropout is None else config.embedding_dropout,
+        "activation_function": _ACTIVATION_FROM_OURS[config.activation],
+    }
+
+
+def obstacles(config: GPTConfig) -> dict[str, str]:
+    """The fields that keep a config from being a GPT-2, each with what GPT-2 has instead."""
+    has = {
+        "norm": (config.norm == "layer_norm", "'layer_norm'"),
+        "position": (config.position == "learned", "'learned'"),
+        "activation": (
+            config.activation in _ACTIVATION_FROM_OURS,
+            f"one of {', '.join(_ACTIVATION_FROM_OURS)}",
+        ),
+        "qkv_bias": (config.qkv_bias, "True"),
+        "out_bias": (config.out_bias, "True"),
+        "mlp_bias": (config.mlp_bias, "True"),
+        "n_head_kv": (config.num_heads_kv == config.n_head, "n_head"),
+        "d_head": (config.head_dim * config.n_head == config.d_model, "d_model / n_head"),
+    }
+    return {name: expected for name, (fits, expected) in has.items() if not fits}
+
+
+def layout(config: GPTConfig) -> Layout:
+    """The tensors of a GPT-2 checkpoint. Projections are (in, out), the transpose of nn.Linear's weight."""
+    per_layer = [
+        Entry("norm1.weight", ("ln_1.weight",)),
+        Entry("norm1.bias", ("ln_1.bias",)),
+        Entry("mixer.Wqkv.weight", ("attn.c_attn.weight",), transposed=True),
+        Entry("mixer.Wqkv.bias", ("attn.c_attn.bias",)),
+        Entry("mixer.out_proj.weight", ("attn.c_proj.weight",), transposed=True),
+        Entry("mixer.out_proj.bias", ("attn.c_proj.bias",)),
+        Entry("norm2.weight", ("ln_2.weight",)),
+        Entry("norm2.bias", ("ln_2.bias",)),
+        Entry("mlp.fc1.weight", ("mlp.c_fc.weight",), transposed=True),
+        Entry("mlp.fc1.bias", ("mlp.c_fc.bias",)),
+        Entry("mlp.fc2.weight", ("mlp.c_proj.weight",), transposed=True),
+        Entry("mlp.fc2.bias", ("mlp.c_proj.bias",)),
+    ]
+    entries = [
+        Entry("transformer.embeddings.word_embeddings.weight", ("transformer.wte.weight",)),
+        Entry("transformer.embeddings.position_embeddings.weight", ("transformer.wpe.weight",)),
+        *layer_entries(per_layer, config.n_layer, "transformer.h"),
+        Entry("transformer.ln_f.weight", ("transformer.ln_f.weight",)),
+        Entry("transformer.ln_f.bias", ("transformer.ln_f.bias",)),
+    ]
+    return make_layout(config, entries, "transformer.", r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")

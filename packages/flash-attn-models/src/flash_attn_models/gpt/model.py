@@ -1,0 +1,209 @@
+"""The GPT model: embeddings, pre-norm blocks, final norm, language-model head."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from flash_attn_ops.norm import LayerNorm, RMSNorm
+from flash_attn_ops.rotary import RotaryEmbedding
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from flash_attn_models.errors import bad_argument
+from flash_attn_models.gpt.config import GPTConfig
+from flash_attn_models.layers import MLP, Block, CausalSelfAttention, GatedMLP, GPTEmbeddings, KVCache
+
+
+class GPTModel(nn.Module):
+    """Decoder without a head: token ids (B,S) to hidden states (B,S,d_model) after the final norm.
+
+    Attributes:
+        activation_checkpointing: if set to True, each layer is computed again in the backward pass instead of
+            keeping what it computed, which saves memory for about a third more computation. False after
+            construction.
+    """
+
+    def __init__(
+        self, config: GPTConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.config = config
+        self.activation_checkpointing = False
+        self.embeddings = GPTEmbeddings(
+            config.vocab_size,
+            config.d_model,
+            n_positions=config.max_seqlen if config.position == "learned" else None,
+            dropout=config.dropout if config.embedding_dropout is None else config.embedding_dropout,
+            **factory,
+        )
+        rotary = None
+        if config.position == "rotary":  # one module, and so one table of angles, for all layers
+            rotary = RotaryEmbedding(
+                config.num_rotary_dims,
+                base=config.rotary_base,
+                interleaved=config.rotary_interleaved,
+                device=device,
+            )
+        self.layers = nn.ModuleList(_block(config, layer, rotary, factory) for layer in range(config.n_layer))
+        self.ln_f = _norm(config, factory)
+
+    def forward(self, input_ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """input_ids (B,S) -> hidden states (B,S,d_model). See ``GPTLMHeadModel.forward`` for the cache."""
+        _check_input(input_ids, cache, self.config, self.embeddings.word_embeddings.weight.device)
+        offset = 0 if cache is None else cache.length
+        x, residual = self.embeddings(input_ids, offset), None
+        for layer in self.layers:
+            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
+                x, residual = checkpoint(layer, x, residual, use_reentrant=False)
+            else:
+                x, residual = layer(x, residual, cache)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        return self.ln_f(x, residual=residual)
+
+
+class GPTLMHeadModel(nn.Module):
+    """GPT-2, LLaMA and their relatives, as a language model.
+
+    Weights start as in GPT-2: normal with standard deviation ``config.initializer_range``, divided by
+    sqrt(2 n_layer) for the two projections of each layer that write to the residual stream; biases zero,
+    norms one.
+
+    Args:
+        config: the architecture.
+        device, dtype: of the parameters; None is torch's default. On device "meta" nothing is allocated.
+    """
+
+    def __init__(
+        self, config: GPTConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = GPTModel(config, device=device, dtype=dtype)
+        # A tied head has no parameter of its own: it reads the embedding's.
+        self.lm_head = (
+            None
+            if config.tie_embeddings
+            else nn.Linear(config.d_model, config.vocab_size, bias=False, device=device, dtype=dtype)
+        )
+        self.reset_parameters()
+
+    def forward(
+        self, input_ids: Tensor, *, cache: KVCache | None = None, num_last_tokens: int | None = None
+    ) -> Tensor:
+        """Logits of the next token at each position.
+
+        Args:
+            input_ids: token ids (B,S), int64 or int32.
+            cache: keys and values of the tokens before these; those of input_ids are added to it. None starts
+                at the beginning and keeps nothing.
+            num_last_tokens: logits of only this many last positions, n; None is all, n = S.
+
+        Returns:
+            Logits (B,n,vocab_size) in the dtype of the parameters, or of autocast.
+
+        Raises:
+            ValueError: input_ids of the wrong shape or dtype, on another device, or longer than the context
+                or the cache; num_last_tokens not in [1, S].
+        """
+        if num_last_tokens is not None and not 1 <= num_last_tokens <= input_ids.shape[-1]:
+            raise bad_argument(
+                "num_last_tokens",
+                num_last_tokens,
+                f"between 1 and the {input_ids.shape[-1]} positions of input_ids",
+                "change num_last_tokens, or leave it out for the logits of all positions",
+            )
+        hidden = self.transformer(input_ids, cache=cache)
+        if num_last_tokens is not None:
+            hidden = hidden[:, -num_last_tokens:]
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output projection (vocab_size, d_model), tied or not."""
+        head = self.transformer.embeddings.word_embeddings if self.lm_head is None else self.lm_head
+        return head.weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new initial weights from torch's global random generator."""
+        std = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, (LayerNorm, RMSNorm)):
+                module.reset_parameters()
+        for name, parameter in self.named_parameters():
+            if name.endswith(("mixer.out_proj.weight", "mlp.fc2.weight")):
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer))
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Number of parameters; without those of tokens and positions if ``embeddings=False``."""
+        count = sum(parameter.numel() for parameter in self.parameters())
+        if not embeddings:
+            count -= sum(parameter.numel() for parameter in self.transformer.embeddings.parameters())
+        return count
+
+
+def _norm(config: GPTConfig, factory: dict[str, Any]) -> nn.Module:
+    norm = LayerNorm if config.norm == "layer_norm" else RMSNorm
+    return norm(config.d_model, eps=config.norm_eps, **factory)
+
+
+def _mlp(config: GPTConfig, factory: dict[str, Any]) -> nn.Module:
+    if config.activation == "swiglu":
+        return GatedMLP(config.d_model, config.inner_dim, bias=config.mlp_bias, **factory)
+    return MLP(
+        config.d_model, config.inner_dim, activation=config.activation, bias=config.mlp_bias, **factory
+    )
+
+
+def _block(config: GPTConfig, layer: int, rotary: RotaryEmbedding | None, factory: dict[str, Any]) -> Block:
+    mixer = CausalSelfAttention(
+        config.d_model,
+        config.n_head,
+        n_head_kv=config.n_head_kv,
+        d_head=config.d_head,
+        qkv_bias=config.qkv_bias,
+        out_bias=config.out_bias,
+        rotary=rotary,
+        dropout=config.attn_dropout,
+        layer=layer,
+        **factory,
+    )
+    norm1, norm2 = _norm(config, factory), _norm(config, factory)
+    return Block(norm1, mixer, norm2, _mlp(config, factory), dropout=config.dropout)
+
+
+def _check_input(input_ids: Tensor, cache: KVCache | None, config: GPTConfig, device: torch.device) -> None:
+    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int32, torch.int64):
+        raise bad_argument(
+            "input_ids",
+            f"shape {tuple(input_ids.shape)}, {input_ids.dtype}",
+            "token ids of shape (batch, seqlen), int64 or int32",
+            "add a batch dimension with input_ids[None], or convert with input_ids.long()",
+        )
+    if input_ids.device != device:
+        raise bad_argument(
+            "input_ids",
+            f"device {input_ids.device}",
+            f"the model's device {device}",
+            f"use input_ids.to({str(device)!r})",
+        )
+    seqlen = input_ids.shape[1]
+    length = 0 if cache is None else cache.length
+    if length + seqlen > config.max_seqlen:
+        raise bad_argument(
+            "input_ids",
+            f"{seqlen} tokens" + (f" after {length} in the cache" if length else ""),
+            f"at most the context of max_seqlen={config.max_seqlen} tokens",
+            "shorten the input, for example to its last tokens, or build the model with a larger max_seqlen",
+        )
+    if cache is not None:
+        cache.check_room(input_ids.shape[0], seqlen)

@@ -1,0 +1,73 @@
+"""Causal self-attention: multi-head, multi-query or grouped-query; rotary positions; key/value cache.
+
+Dimensions in comments: B batch, S new tokens, T all tokens so far, H query heads, Hk key/value heads, D width
+of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from flash_attn_ops.attention import flash_attn_func
+from flash_attn_ops.rotary import RotaryEmbedding
+from torch import Tensor, nn
+
+from flash_attn_models.layers.kv_cache import KVCache
+
+
+class CausalSelfAttention(nn.Module):
+    """out_proj(softmax(q k^T / sqrt(D), causal) v), with q, k, v from one projection.
+
+    Args:
+        d_model: width of the input and output.
+        n_head: query heads.
+        n_head_kv: key/value heads, a divisor of n_head; each serves n_head / n_head_kv query heads. None is
+            n_head.
+        d_head: head width D; None is d_model / n_head.
+        qkv_bias, out_bias: biases of the two projections.
+        rotary: rotates queries and keys by their position; None for models with other position information.
+            Layers may share one module.
+        dropout: of the attention probabilities, in training.
+        layer: index of this layer in the cache.
+
+    Parameters: ``Wqkv`` with rows [q (H D) | k (Hk D) | v (Hk D)], and ``out_proj``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        *,
+        n_head_kv: int | None = None,
+        d_head: int | None = None,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        rotary: RotaryEmbedding | None = None,
+        dropout: float = 0.0,
+        layer: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.n_head_kv = n_head if n_head_kv is None else n_head_kv
+        self.d_head = d_model // n_head if d_head is None else d_head
+        self.dropout = dropout
+        self.layer = layer
+        self.rotary = rotary
+        heads = self.n_head + 2 * self.n_head_kv
+        self.Wqkv = nn.Linear(d_model, heads * self.d_head, bias=qkv_bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(
+            self.n_head * self.d_head, d_model, bias=out_bias, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """x (B,S,d_model) -> (B,S,d_model). With a cache, x follows the ``cache.length`` tokens in it."""
+        heads = self.Wqkv(x).unflatten(-1, (-1, self.d_head))  # (B,S,H+2Hk,D)
+        q, k, v = heads.split([self.n_head, self.n_head_kv, self.n_head_kv], dim=-2)
+        if self.rotary is not None:
+            q, k = self.rotary(q, k, seqlen_offset=0 if cache is None else cache.length)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        # Causal is bottom-right aligned, so S new queries against T keys see exactly what precedes them.
+        out = flash_attn_func(q, k, v, dropout_p=self.dropout if self.training else 0.0, causal=True)
+        return self.out_proj(out.flatten(-2))

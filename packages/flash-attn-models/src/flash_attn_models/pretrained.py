@@ -1,0 +1,227 @@
+"""Models in Hugging Face folders: load GPT-2 and LLaMA, and save them so that transformers loads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from flash_attn_models.checkpoint_files import Checkpoint, open_checkpoint, read_json, write_safetensors
+from flash_attn_models.errors import bad_argument, did_you_mean
+from flash_attn_models.gpt.hugging_face import (
+    Layout,
+    config_from_hugging_face,
+    config_to_hugging_face,
+    hugging_face_layout,
+    to_hugging_face,
+)
+from flash_attn_models.gpt.model import GPTLMHeadModel
+
+_MAX_NAMES_IN_MESSAGE = 8
+
+
+def load_pretrained(
+    folder: str | os.PathLike[str], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> GPTLMHeadModel:
+    """The model in a local Hugging Face folder of type "gpt2" or "llama", in evaluation mode.
+
+    Everything is checked before a weight is read, and each weight goes straight to its place: the model needs
+    memory for one copy of the weights (two for a .bin file in the format before torch 1.6, which cannot be
+    mapped), and there is no half-loaded model after an error.
+
+    Args:
+        folder: holds ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, or their shards with
+            an index.
+        device: of the model; None is torch's default device.
+        dtype: of the model; None is the one that the weights are stored in.
+
+    Raises:
+        ValueError: a missing, damaged or incomplete file; a config that asks for what this model does not
+            have; missing, unexpected or wrongly shaped tensors, by name with the closest match. Buffers of
+            older checkpoints that hold no weights (attention masks, rotary frequencies) are no error.
+    """
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise bad_argument(
+            "folder",
+            str(folder),
+            "a local folder with config.json and weights",
+            "download the model, as with huggingface_hub.snapshot_download(name), and give its folder",
+        )
+    fields = read_json(path / "config.json")
+    config = config_from_hugging_face(fields)
+    layout = hugging_face_layout(config, fields["model_type"])
+    checkpoint = open_checkpoint(path)
+    model = GPTLMHeadModel(config, device="meta")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored_as = _check_names(checkpoint, layout, folder)
+    _check_tensors(checkpoint, layout, stored_as, shapes, folder)
+    _check_tied_head(checkpoint, layout, stored_as, folder)
+    device = torch.get_default_device() if device is None else device
+    dtype = _stored_dtype(checkpoint, stored_as.values(), folder) if dtype is None else dtype
+
+    weights = {}
+    for entry in layout.entries:
+        joined = entry.join([checkpoint.read(stored_as[name]) for name in entry.theirs])
+        weights[entry.ours] = joined.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def save_pretrained(
+    model: GPTLMHeadModel, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Write a Hugging Face folder, which transformers and ``load_pretrained`` load with the same weights.
+
+    The folder appears complete or not at all: it is written beside its place and then renamed.
+
+    Args:
+        folder: must not exist yet, or be empty.
+        max_shard_bytes: larger models are split into several safetensors files of at most this size (a single
+            larger tensor has its own).
+
+    Raises:
+        ValueError: a model that neither Hugging Face's GPT-2 nor its LLaMA can express (naming the fields),
+            or a folder that holds something or cannot be written.
+    """
+    if not isinstance(model, GPTLMHeadModel):
+        raise bad_argument(
+            "model",
+            f"a {type(model).__name__}",
+            "a GPTLMHeadModel",
+            "unwrap it: model.module, or model._orig_mod",
+        )
+    if max_shard_bytes < 1:
+        raise bad_argument(
+            "max_shard_bytes", max_shard_bytes, "at least 1", "leave it out for shards of 5 GB"
+        )
+    fields = config_to_hugging_face(model.config)
+    fields["dtype"] = str(model.head_weight.dtype).removeprefix("torch.")
+    layout = hugging_face_layout(model.config, fields["model_type"])
+    place = Path(folder).resolve()
+    partial = _make_partial_folder(place)
+    try:
+        write_safetensors(partial, to_hugging_face(model.state_dict(), layout), max_shard_bytes)
+        (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        if place.exists():
+            place.rmdir()  # empty: checked before, and an error if somebody has filled it since
+        partial.rename(place)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _make_partial_folder(place: Path) -> Path:
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise bad_argument(
+            "folder",
+            str(place),
+            "a folder that is empty or does not exist yet",
+            "choose another name, or move what is there",
+        )
+    partial = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise bad_argument(
+            "folder", f"{place} ({error.strerror})", "a place that can be written to", "choose another place"
+        ) from error
+    return partial
+
+
+def _check_names(checkpoint: Checkpoint, layout: Layout, folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Each tensor's full Hugging Face name to its name in the files; error if one is missing or too many."""
+    stored = list(checkpoint.tensors)
+    headless = layout.is_headless(stored)
+    stored_as = {
+        name: name.removeprefix(layout.base_prefix) if headless else name
+        for entry in layout.entries
+        for name in entry.theirs
+    }
+    expected = set(stored_as.values())
+    missing = [name for name in stored_as.values() if name not in checkpoint.tensors]
+    unexpected = [
+        name
+        for name in stored
+        if name not in expected and name != layout.tied_head and not layout.buffers.fullmatch(name)
+    ]
+    problems = []
+    if missing:
+        problems.append(f"missing {_listed(missing, unexpected)}")
+    if unexpected:
+        problems.append(f"unexpected {_listed(unexpected, missing)}")
+    if problems:
+        raise bad_argument(
+            f"weights in {folder}",
+            "; ".join(problems),
+            "exactly the tensors that config.json asks for",
+            "give config.json and weights of the same model",
+        )
+    return stored_as
+
+
+def _check_tensors(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    stored_as: dict[str, str],
+    shapes: dict[str, tuple[int, ...]],
+    folder: str | os.PathLike[str],
+) -> None:
+    wrong = []
+    for entry in layout.entries:
+        for name, expected in zip(entry.theirs, entry.split_shapes(shapes[entry.ours]), strict=True):
+            stored = checkpoint.tensors[stored_as[name]]
+            if stored.shape != expected:
+                wrong.append(f"{stored_as[name]} {stored.shape} instead of {expected}")
+            if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
+                wrong.append(f"{stored_as[name]} of {stored.dtype} instead of at least 16-bit floating point")
+    if wrong:
+        raise bad_argument(
+            f"weights in {folder}",
+            _listed(wrong),
+            "the shapes that follow from config.json, not quantised",
+            "give config.json and weights of the same model",
+        )
+
+
+def _check_tied_head(
+    checkpoint: Checkpoint, layout: Layout, stored_as: dict[str, str], folder: str | os.PathLike[str]
+) -> None:
+    """Some files repeat the embedding as the head; if the two differ, one of them would be lost."""
+    head = layout.tied_head
+    if head in checkpoint.tensors and not torch.equal(
+        checkpoint.read(head), checkpoint.read(stored_as[layout.embedding])
+    ):
+        raise bad_argument(
+            f"weights in {folder}",
+            f"{head} that differs from {stored_as[layout.embedding]}",
+            "equal tensors, since config.json ties them",
+            "set tie_word_embeddings to false in config.json to keep both",
+        )
+
+
+def _stored_dtype(
+    checkpoint: Checkpoint, names: Iterable[str], folder: str | os.PathLike[str]
+) -> torch.dtype:
+    dtypes = {checkpoint.tensors[name].dtype for name in names}
+    if len(dtypes) > 1:
+        raise bad_argument(
+            "dtype",
+            f"None for weights in {folder} of {', '.join(sorted(map(str, dtypes)))}",
+            "a dtype",
+            "give the dtype to load in",
+        )
+    return dtypes.pop()
+
+
+def _listed(names: list[str], candidates: Iterable[str] = ()) -> str:
+    """The first names, each with the closest candidate, and how many more there are."""
+    candidates = list(candidates)
+    shown = [name + did_you_mean(name, candidates) for name in names[:_MAX_NAMES_IN_MESSAGE]]
+    rest = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
