@@ -41,9 +41,7 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_config(
-    corpus_folder: Path, token_cache: Path, tmp_path: Path
-) -> Callable[..., TrainConfig]:
+def small_config(corpus_folder: Path, token_cache: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
     """Builds a config that trains in about a second; keyword arguments ``section={...}`` change it."""
 
     def build(**changes: Any) -> TrainConfig:

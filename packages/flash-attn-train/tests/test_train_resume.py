@@ -6,11 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import flash_attn_train.checkpoints
 import pytest
 import torch
 from flash_attn_train.checkpoints import AtomicCheckpointIO, read_checkpoint
@@ -40,8 +38,8 @@ def assert_same_state(left: Path, right: Path) -> None:
 def test_resuming_from_every_checkpoint_equals_not_stopping(
     small_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
-    # Intervals such that checkpoints fall with and without a validation at the same step, and neither interval
-    # divides the last step; dropout, so that the random generators matter.
+    # Intervals such that checkpoints fall with and without a validation at the same step, and neither
+    # interval divides the last step; dropout, so that the random generators matter.
     config = small_config(
         model={"dropout": 0.2, "attn_dropout": 0.1},
         trainer={"max_steps": 11, "val_every_n_steps": 4, "accumulate_grad_batches": accumulate},
@@ -63,7 +61,14 @@ def test_resuming_from_every_checkpoint_equals_not_stopping(
     train(config)
     monkeypatch.undo()
 
-    assert [read_checkpoint(s / "checkpoints/last.ckpt")["global_step"] for s in snapshots] == [2, 4, 6, 8, 10, 11]
+    assert [read_checkpoint(s / "checkpoints/last.ckpt")["global_step"] for s in snapshots] == [
+        2,
+        4,
+        6,
+        8,
+        10,
+        11,
+    ]
     expected = computed_rows(whole)
     assert [row["step"] for row in expected if "val/loss" in row] == [0, 4, 8, 11]
     for snapshot in snapshots:
@@ -75,3 +80,40 @@ def test_resuming_from_every_checkpoint_equals_not_stopping(
         assert computed_rows(snapshot) == expected
         assert_same_state(snapshot / "checkpoints/last.ckpt", whole / "checkpoints/last.ckpt")
         assert_same_state(snapshot / "checkpoints/best.ckpt", whole / "checkpoints/best.ckpt")
+
+
+KILLED_RUN = [
+    *("model.dropout=0.2", "model.max_seqlen=16", "model.n_layer=1", "model.n_head=2", "model.d_model=16"),
+    *("trainer.max_steps=60", "trainer.val_every_n_steps=7", "trainer.val_sequences=8"),
+    *("trainer.batch_size=4", "trainer.accelerator=cpu", "checkpoint.every_n_steps=5"),
+    *("tokenizer.vocab_size=300", "logging.every_n_steps=1", "logging.tensorboard=false"),
+    "generation.max_new_tokens=4",
+]
+
+
+def test_killed_and_resumed_in_a_new_process(corpus_folder: Path, token_cache: Path, tmp_path: Path) -> None:
+    def command(folder: str, *more: str) -> list[str]:
+        data = [f"data.path={corpus_folder}", "data.val_fraction=0.2", f"data.cache_dir={token_cache}"]
+        arguments = [*data, *KILLED_RUN, f"output_dir={tmp_path / folder}", *more]
+        return [sys.executable, "-m", "flash_attn_train.cli", *arguments]
+
+    subprocess.run(command("whole"), check=True, capture_output=True, timeout=120)
+
+    process = subprocess.Popen(command("killed"), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 23/"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stdout.close()
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    killed_at = max(row["step"] for row in read_metrics(tmp_path / "killed/metrics.csv"))
+    assert 23 <= killed_at < 60
+
+    resumed = subprocess.run(
+        command("killed", "resume=true"), check=True, capture_output=True, text=True, timeout=120
+    )
+    continued_from = int(resumed.stdout.split("continuing from step ")[1].split()[0])
+    assert continued_from in range(20, 60, 5)
+    assert computed_rows(tmp_path / "killed") == computed_rows(tmp_path / "whole")
+    assert_same_state(tmp_path / "killed/checkpoints/last.ckpt", tmp_path / "whole/checkpoints/last.ckpt")

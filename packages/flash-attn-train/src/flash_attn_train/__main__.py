@@ -1,4 +1,7 @@
-"""Self-test: ``python -m flash_attn_train`` trains a tiny model in a temporary folder. Exit code 0, or 1 on failure."""
+"""Self-test: ``python -m flash_attn_train`` trains a tiny model in a temporary folder.
+
+The exit code is 0, or 1 if anything is not as it should be.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             output_dir=f"{folder}/run",
-            data=DataConfig(path=str(Path(json.__file__).parent), suffixes=[".py"], cache_dir=f"{folder}/cache"),
+            data=DataConfig(
+                path=str(Path(json.__file__).parent), suffixes=[".py"], cache_dir=f"{folder}/cache"
+            ),
             tokenizer=TokenizerConfig(vocab_size=320),
             model=ModelConfig(max_seqlen=32, n_layer=2, n_head=1, d_model=64),
             optimizer=OptimizerConfig(lr=1e-2),
@@ -47,8 +52,8 @@ def _failures(result: RunResult) -> list[str]:
     failures = []
     if not result.last_val_loss < result.first_val_loss - 1.0:
         failures.append(
-            f"validation loss went from {result.first_val_loss:.3f} to {result.last_val_loss:.3f}, expected a "
-            "fall by more than 1"
+            f"validation loss went from {result.first_val_loss:.3f} to {result.last_val_loss:.3f}, expected "
+            "a fall by more than 1"
         )
     for file in (result.last_checkpoint, result.best_checkpoint, result.picture):
         if not file.exists():

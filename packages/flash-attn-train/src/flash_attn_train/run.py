@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 from flash_attn_models.attention import attention_path
@@ -33,6 +35,7 @@ from flash_attn_train.data import Corpus, PreparedData, TokenDataModule, prepare
 from flash_attn_train.device import compute_dtype, describe_device, resolve
 from flash_attn_train.errors import ConfigError
 from flash_attn_train.loggers import MetricsCSV, read_metrics
+from flash_attn_train.optim import warmup_cosine
 from flash_attn_train.report import RunResult, draw_loss_curve
 from flash_attn_train.run_folder import RunFolder, choose_run_folder, write_config, write_manifest
 from flash_attn_train.sample import write_sample
@@ -70,7 +73,7 @@ def train(config: TrainConfig) -> RunResult:
         del saved  # it is as large as the training state
 
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    module = LanguageModel(_model_config(config, data.vocab_size), config.optimizer, config.scheduler)
+    module = LanguageModel(_model_config(config, data.vocab_size), config.optimizer, _schedule(config))
     facts = _facts(config, corpus, data, module)
     for name, value in facts.items():
         say(f"{name:<10} {value}")
@@ -90,6 +93,17 @@ def _model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
         return GPTConfig(vocab_size=vocab_size, **dataclasses.asdict(config.model))
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
+
+
+def _schedule(config: TrainConfig) -> Callable[[int], float]:
+    schedule = config.scheduler
+    assert schedule.warmup_steps is not None and schedule.decay_steps is not None  # resolved
+    return functools.partial(
+        warmup_cosine,
+        warmup_steps=schedule.warmup_steps,
+        decay_steps=schedule.decay_steps,
+        min_lr_ratio=schedule.min_lr_ratio,
+    )
 
 
 def _facts(config: TrainConfig, corpus: Corpus, data: PreparedData, module: LanguageModel) -> dict[str, str]:
@@ -177,7 +191,7 @@ def _fit(
         trainer = pl.Trainer(
             accelerator=config.trainer.accelerator,
             devices=1,
-            precision=config.trainer.precision,
+            precision=cast(Any, config.trainer.precision),  # checked by check_config
             max_steps=config.trainer.max_steps,
             max_epochs=-1,
             accumulate_grad_batches=config.trainer.accumulate_grad_batches,

@@ -4,7 +4,7 @@
 
     runs/quickstart/            output_dir; a second run goes to runs/quickstart-2, and so on
       config.yaml               the resolved config
-      manifest.yaml             versions, machine, data: one entry per start or resume
+      manifest.json             versions, machine, data: one entry per start or resume
       tokenizer.json
       checkpoints/last.ckpt     checkpoints/best.ckpt
       metrics.csv  tensorboard/ loss.png  sample.txt
@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import platform
 import sys
 import tempfile
@@ -73,7 +74,7 @@ class RunFolder:
 
     @property
     def manifest(self) -> Path:
-        return self.path / "manifest.yaml"
+        return self.path / "manifest.json"
 
     @property
     def config(self) -> Path:
@@ -162,7 +163,7 @@ def write_config(folder: RunFolder, config: TrainConfig) -> None:
 
 def write_manifest(folder: RunFolder, session: dict[str, Any]) -> None:
     """Adds an entry for this start or resume: versions, machine, and what ``session`` says."""
-    earlier = OmegaConf.load(folder.manifest)["sessions"] if folder.manifest.exists() else []
+    earlier = json.loads(folder.manifest.read_text())["sessions"] if folder.manifest.exists() else []
     entry = {
         **session,
         "command": sys.argv,
@@ -171,7 +172,7 @@ def write_manifest(folder: RunFolder, session: dict[str, Any]) -> None:
         "versions": {"flash-attn-train": flash_attn_train.__version__, **_versions()},
     }
     with atomic_write(folder.manifest) as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.create({"sessions": [*earlier, entry]})).encode())
+        file.write((json.dumps({"sessions": [*earlier, entry]}, indent=2) + "\n").encode())
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from flash_attn_models.generation import generate
 from flash_attn_models.gpt import GPTLMHeadModel
@@ -14,17 +16,17 @@ from flash_attn_train.data.tokenizer import END_OF_TEXT
 def write_sample(
     model: GPTLMHeadModel, tokenizer: Tokenizer, config: GenerationConfig, *, prompt: str, seed: int
 ) -> str:
-    """Prompt and continuation, up to the end of the text, ``max_new_tokens`` or the context, whichever comes
-    first.
+    """Prompt and continuation, up to the end of the text, ``max_new_tokens`` or the context.
 
-    An empty prompt starts a text of its own. Of a long prompt, the end is used.
+    An empty prompt starts a text of its own. Of a prompt longer than half of the context, the end is used.
     """
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     ids = [end_of_text, *tokenizer.encode(prompt).ids]  # every text but the first follows an end
-    max_new_tokens = min(config.max_new_tokens, model.config.max_seqlen - 1)
-    ids = ids[-(model.config.max_seqlen - max_new_tokens) :]
+    context = model.config.max_seqlen
+    ids = ids[-max(1, context // 2) :]
+    max_new_tokens = min(config.max_new_tokens, context - len(ids))
     device = next(model.parameters()).device
-    options = {}
+    options: dict[str, Any] = {}  # the most likely token, always
     if config.temperature > 0:
         options = {
             "do_sample": True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -88,7 +88,7 @@ class Metrics(pl.Callback):
             "tokens": self._step * self.tokens_per_step,
             "train/loss": loss,
             "lr": self._lr,
-            "grad_norm": float(pl_module.grad_norm),
+            "grad_norm": float(cast(torch.Tensor, pl_module.grad_norm)),
             "tokens_per_s": (self._step - last_step) * self.tokens_per_step / (self.seconds - last_seconds),
         }
         self._log(trainer, self.training)

@@ -49,7 +49,7 @@ class TokenizerConfig:
 class ModelConfig:
     """The transformer. The vocabulary size comes from the tokenizer."""
 
-    max_seqlen: int = option(256, "context length in tokens, in training and generation", at_least=1)
+    max_seqlen: int = option(256, "context length in tokens, in training and generation", at_least=2)
     n_layer: int = option(4, "transformer blocks", at_least=1)
     n_head: int = option(4, "query heads; the CUDA kernels take d_model / n_head of 64 or 128", at_least=1)
     n_head_kv: int | None = option(None, "key and value heads, a divisor of n_head; null: n_head", at_least=1)

@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 
 _MAGIC = b"FATOKENS"
 _HEADER = struct.Struct("<8sIIQ32s8x")
-_DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+_DTYPES: dict[int, np.dtype] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -71,7 +71,7 @@ def open_token_file(path: Path) -> np.ndarray:
     if count == 0:
         return np.empty(0, _DTYPES[itemsize])
     tokens = np.memmap(path, _DTYPES[itemsize], mode="r", offset=_HEADER.size, shape=(count,))
-    if hashlib.sha256(tokens).digest() != checksum:
+    if hashlib.sha256(tokens.data).digest() != checksum:
         raise _corrupt(path, "does not match its checksum")
     return tokens
 

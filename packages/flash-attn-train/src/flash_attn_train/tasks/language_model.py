@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Callable
 
 import pytorch_lightning as pl
 import torch
 from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel
 from flash_attn_models.loss import cross_entropy
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 
-from flash_attn_train.configs import OptimizerConfig, SchedulerConfig
-from flash_attn_train.optim import param_groups, warmup_cosine
+from flash_attn_train.configs import OptimizerConfig
+from flash_attn_train.optim import param_groups
 
 
 class LanguageModel(pl.LightningModule):
-    """GPT with cross-entropy on the next token, AdamW, warmup and cosine.
+    """GPT with cross-entropy on the next token, and AdamW.
 
     Batches are (B, S + 1) int64: the first S tokens are inputs, the last S are targets. The losses are means
     over tokens, in nats.
 
     Args:
         model_config: shape of the GPT.
-        optimizer, scheduler: see the config classes; the scheduler's ``warmup_steps`` and ``decay_steps``
-            must be set.
+        optimizer: peak learning rate and the other settings of AdamW.
+        schedule: factor on the learning rate as a function of the number of the optimizer step, from 0.
     """
 
     def __init__(
-        self, model_config: GPTConfig, optimizer: OptimizerConfig, scheduler: SchedulerConfig
+        self, model_config: GPTConfig, optimizer: OptimizerConfig, schedule: Callable[[int], float]
     ) -> None:
         super().__init__()
-        if scheduler.warmup_steps is None or scheduler.decay_steps is None:
-            raise ValueError(
-                f"scheduler: got {scheduler}, expected warmup_steps and decay_steps to be numbers."
-            )
         self.model = GPTLMHeadModel(model_config)
-        self.optimizer_config, self.scheduler_config = optimizer, scheduler
+        self.optimizer_config, self.schedule = optimizer, schedule
         self.grad_norm: torch.Tensor | None = None  # of the last optimizer step, before clipping
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -54,25 +50,17 @@ class LanguageModel(pl.LightningModule):
         # counts less.
         self.log("val/loss", self.loss(batch), on_epoch=True, logger=False, batch_size=batch[:, 1:].numel())
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        config, schedule = self.optimizer_config, self.scheduler_config
-        # The fused step un-scales fp16 gradients itself, after the clipping; only there the plain one must be
-        # used.
-        fused = self.trainer.precision != "16-mixed"
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        config = self.optimizer_config
         optimizer = torch.optim.AdamW(
             param_groups(self.model, config.weight_decay),
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
-            fused=fused,
+            # The fused step un-scales fp16 gradients itself, which is after clipping: too late.
+            fused=self.trainer.precision != "16-mixed",
         )
-        factor = functools.partial(
-            warmup_cosine,
-            warmup_steps=schedule.warmup_steps,
-            decay_steps=schedule.decay_steps,
-            min_lr_ratio=schedule.min_lr_ratio,
-        )
-        lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(

@@ -1,0 +1,87 @@
+"""Schema, checks and presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+import pytest
+from flash_attn_models.gpt import GPTConfig
+from flash_attn_train.configs import ModelConfig, SchedulerConfig, TrainConfig, check_config
+from flash_attn_train.configs.checks import flatten, options
+from flash_attn_train.configs.presets import MODELS, PRESETS
+from flash_attn_train.errors import ConfigError
+
+
+def with_value(key: str, value: Any) -> TrainConfig:
+    config = TrainConfig()
+    section, _, name = key.rpartition(".")
+    setattr(getattr(config, section) if section else config, name, value)
+    return config
+
+
+def test_defaults_pass() -> None:
+    check_config(TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("model.n_layer", "six", "model.n_layer: got 'six' (str), expected a whole number."),
+        ("model.n_layer", True, "model.n_layer: got True (bool), expected a whole number."),
+        ("model.n_layer", 0, "model.n_layer: got 0, expected a whole number, at least 1."),
+        ("model.d_inner", 1.5, "model.d_inner: got 1.5 (float), expected a whole number or null."),
+        ("optimizer.lr", None, "optimizer.lr: got None (NoneType), expected a number."),
+        ("optimizer.lr", 0.0, "optimizer.lr: got 0.0, expected a number, above 0.0."),
+        ("model.dropout", 1.0, "model.dropout: got 1.0, expected a number, at least 0.0 and below 1.0."),
+        ("model.norm", "batch", "model.norm: got 'batch', expected one of layer_norm, rms_norm."),
+        ("data.suffixes", ".py", "data.suffixes: got '.py' (str), expected a list of text."),
+        ("logging.tensorboard", "yes", "logging.tensorboard: got 'yes' (str), expected true or false."),
+        ("model.n_head", 3, "model.d_model: got 256, expected a multiple of model.n_head (3)"),
+        ("model.n_head_kv", 3, "model.n_head_kv: got 3, expected a divisor of model.n_head (4)"),
+        ("scheduler.warmup_steps", 501, "scheduler.warmup_steps: got 501, expected at most 500"),
+    ],
+)
+def test_wrong_value_is_named(key: str, value: Any, expected: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_config(with_value(key, value))
+    assert str(error.value).startswith(expected)
+
+
+def test_whole_number_is_a_number() -> None:
+    check_config(with_value("optimizer.lr", 1))
+
+
+def test_warmup_is_compared_with_the_schedule_that_holds() -> None:
+    config = TrainConfig(scheduler=SchedulerConfig(warmup_steps=600, decay_steps=1000))
+    check_config(config)
+
+
+def test_flatten_has_every_option() -> None:
+    flat = flatten(TrainConfig())
+    assert list(flat) == [option.key for option in options()]
+    assert flat == {option.key: option.default for option in options()}
+
+
+@pytest.mark.parametrize("partial", [*PRESETS.values(), *({"model": entry} for entry in MODELS.values())])
+def test_presets_have_only_known_keys(partial: dict[str, Any]) -> None:
+    known = {option.key for option in options()}
+    for section, value in partial.items():
+        keys = {f"{section}.{name}" for name in value} if isinstance(value, dict) else {section}
+        assert keys <= known
+
+
+def test_quickstart_has_a_head_dimension_that_the_cuda_kernels_take() -> None:
+    model = PRESETS["quickstart"]["model"]
+    assert model["d_model"] / model["n_head"] in (64, 128)
+
+
+def test_model_options_are_those_of_the_model() -> None:
+    """Same names, types and defaults, so that passing them on by name means the same."""
+    theirs = {field.name: field for field in dataclasses.fields(GPTConfig)}
+    their_types, our_types = typing.get_type_hints(GPTConfig), typing.get_type_hints(ModelConfig)
+    for field in dataclasses.fields(ModelConfig):
+        assert our_types[field.name] == their_types[field.name]
+        if theirs[field.name].default is not dataclasses.MISSING:
+            assert field.default == theirs[field.name].default

@@ -1,0 +1,244 @@
+"""Whole runs: what is written, printed and refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import pytorch_lightning as pl
+import torch
+from flash_attn_train.checkpoints import read_checkpoint
+from flash_attn_train.cli import compose_config
+from flash_attn_train.configs import TrainConfig
+from flash_attn_train.errors import CheckpointError, ConfigError, DataError, OutputError
+from flash_attn_train.loggers import read_metrics
+from flash_attn_train.report import draw_loss_curve
+from flash_attn_train.run import train
+from omegaconf import OmegaConf
+
+
+def test_run_writes_everything_and_says_so(
+    small_config: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(logging={"tensorboard": True, "every_n_steps": 2}, trainer={"max_steps": 8})
+    result = train(config)
+    printed = capsys.readouterr().out
+
+    for part in (
+        "device     CPU",
+        "attention  portable (not sm80:",
+        "documents",
+        "to train on",
+        "parameters, 1 layers",
+        "step 0/8  validation loss",
+        "step 2/8  loss",
+        "tokens/s  ETA",
+        f"validation loss  {result.first_val_loss:.3f} -> {result.last_val_loss:.3f}",
+        str(result.last_checkpoint),
+        str(result.picture),
+        *result.sample.splitlines(),
+    ):
+        assert part in printed, part
+
+    rows = read_metrics(result.folder / "metrics.csv")
+    assert [row["step"] for row in rows if "train/loss" in row] == [2, 4, 6, 8]
+    assert [row["step"] for row in rows if "val/loss" in row] == [0, 3, 6, 8]
+    assert all(row["tokens"] == row["step"] * 4 * 16 for row in rows)
+    assert all(row["tokens_per_s"] > 0 and row["grad_norm"] > 0 for row in rows if "train/loss" in row)
+    assert result.tokens == 8 * 4 * 16
+
+    picture = matplotlib.image.imread(result.picture)
+    assert picture.shape[0] >= 400 and picture.shape[1] >= 600
+    assert picture[..., :3].std() > 0.05  # something is drawn
+    assert list((result.folder / "tensorboard").glob("events.out.tfevents.*"))
+    assert (result.folder / "sample.txt").read_text() == result.sample
+    saved = OmegaConf.load(result.folder / "config.yaml")
+    assert saved.trainer.precision == "32-true" and saved.scheduler.decay_steps == 8  # resolved
+    assert json.loads((result.folder / "manifest.json").read_text())["sessions"][0]["first_step"] == 0
+    assert read_checkpoint(result.best_checkpoint)["global_step"] in (3, 6, 8)
+
+
+def test_learns(small_config: Callable[..., TrainConfig]) -> None:
+    config = small_config(
+        model={"d_model": 32},
+        optimizer={"lr": 1e-2},
+        trainer={"max_steps": 60, "batch_size": 8, "val_every_n_steps": 60},
+        logging={"every_n_steps": 20},
+    )
+    result = train(config)
+    assert result.last_val_loss < result.first_val_loss - 2.0
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_same_seed_same_run_and_other_seed_another(
+    small_config: Callable[..., TrainConfig], model: str, tmp_path: Path
+) -> None:
+    shape = dataclasses.asdict(compose_config([f"model={model}"]).model)
+    shape |= {"max_seqlen": 16, "n_layer": 1, "n_head": 2, "d_model": 16, "dropout": 0.1}
+    states = []
+    for number, seed in enumerate((0, 0, 1)):
+        config = small_config(model=shape, seed=seed, output_dir=str(tmp_path / f"run{number}"))
+        states.append(read_checkpoint(train(config).last_checkpoint)["state_dict"])
+    for name in states[0]:
+        assert torch.equal(states[0][name], states[1][name])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_bf16_runs_on_the_cpu(small_config: Callable[..., TrainConfig]) -> None:
+    result = train(small_config(trainer={"precision": "bf16-mixed"}))
+    assert 0 < result.last_val_loss < 7
+
+
+def test_continuing_from_best_drops_what_came_after(small_config: Callable[..., TrainConfig]) -> None:
+    config = small_config(trainer={"max_steps": 6, "val_every_n_steps": 2}, checkpoint={"every_n_steps": 3})
+    first = train(config)
+    expected = read_metrics(first.folder / "metrics.csv")
+    config.resume = str(first.best_checkpoint)
+    second = train(config)
+    assert second.folder == first.folder
+    again = read_metrics(first.folder / "metrics.csv")
+    assert [row["step"] for row in again] == [row["step"] for row in expected]
+    assert second.last_val_loss == first.last_val_loss
+
+
+def test_longer_run_with_the_schedule_kept(small_config: Callable[..., TrainConfig]) -> None:
+    config = small_config(scheduler={"decay_steps": 6, "warmup_steps": 2})
+    train(config)
+    longer = small_config(
+        scheduler={"decay_steps": 6, "warmup_steps": 2}, trainer={"max_steps": 9}, resume="true"
+    )
+    result = train(longer)
+    steps = [row["step"] for row in read_metrics(result.folder / "metrics.csv") if "train/loss" in row]
+    assert steps == list(range(1, 10))
+
+
+def test_second_run_goes_to_its_own_folder(small_config: Callable[..., TrainConfig]) -> None:
+    first, second = train(small_config()), train(small_config())
+    assert second.folder == first.folder.with_name("run-2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "part"),
+    [
+        ({"data": {"path": "/nowhere"}}, DataError, "does not exist"),
+        ({"model": {"max_seqlen": 9999}}, DataError, "expected at least 10000"),
+        ({"model": {"n_layer": 0}}, ConfigError, "model.n_layer: got 0"),
+        ({"model": {"position": "rotary", "n_head": 16}}, ConfigError, "model: GPTConfig.rotary_dim"),
+        ({"output_dir": "/dev/null/run"}, OutputError, "output_dir: cannot write"),
+        ({"resume": "true"}, CheckpointError, "no checkpoint of an earlier run"),
+    ],
+)
+def test_bad_input_is_found_before_anything_is_written(
+    small_config: Callable[..., TrainConfig], tmp_path: Path, changes: dict, error: type[Exception], part: str
+) -> None:
+    with pytest.raises(error) as caught:
+        train(small_config(**changes))
+    assert part in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize(("key", "value"), [("accelerator", "cuda"), ("precision", "16-mixed")])
+def test_what_needs_a_gpu_says_so(small_config: Callable[..., TrainConfig], key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"trainer\.{key}: got '{value}'"):
+        train(small_config(trainer={key: value}))
+
+
+def test_failed_resume_changes_nothing(small_config: Callable[..., TrainConfig]) -> None:
+    folder = train(small_config()).folder
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(CheckpointError, match=r"model\.n_layer \(checkpoint: 1, now: 2\)"):
+        train(small_config(resume="true", model={"n_layer": 2}))
+    with pytest.raises(CheckpointError, match="other training text"):
+        train(small_config(resume="true", data={"val_fraction": 0.5}))
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_truncated_checkpoint_is_not_resumed_from(small_config: Callable[..., TrainConfig]) -> None:
+    result = train(small_config())
+    result.last_checkpoint.write_bytes(result.last_checkpoint.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"last\.ckpt .*truncated or damaged"):
+        train(small_config(resume="true"))
+    with pytest.raises(CheckpointError, match=r"last\.ckpt .*truncated or damaged"):
+        train(small_config(resume="auto"))
+
+
+def test_interrupted_run_says_how_to_continue(
+    small_config: Callable[..., TrainConfig],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Interrupting(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
+            if trainer.global_step == 5:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("flash_attn_train.run.FinalValidation", Interrupting)
+    with pytest.raises(SystemExit):
+        train(small_config())
+    assert "interrupted at step 5; resume=true continues from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("generation", "prompt"),
+    [
+        ({"temperature": 0.0}, "the cat "),
+        ({"temperature": 1.0, "top_k": None, "top_p": 0.9}, "the cat "),
+        ({"max_new_tokens": 10_000}, "the cat "),
+        ({}, "the dog sees the bird. " * 50),
+        ({}, ""),
+    ],
+)
+def test_sample_continues_the_prompt(
+    small_config: Callable[..., TrainConfig], generation: dict, prompt: str
+) -> None:
+    config = small_config(generation={"prompt": prompt, **generation})
+    sample = train(config).sample
+    assert sample
+    if len(prompt) < 20:
+        assert sample.startswith(prompt)
+
+
+def test_no_sample_when_none_is_wanted(small_config: Callable[..., TrainConfig]) -> None:
+    result = train(small_config(generation={"max_new_tokens": 0}))
+    assert result.sample == "" and "\nsample" not in str(result)
+
+
+def test_loss_curve_of_a_log_without_training_rows(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,train/loss,val/loss\n0,,5.0\n")
+    draw_loss_curve(tmp_path / "metrics.csv", tmp_path / "loss.png", title="short")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_self_test_passes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flash_attn_train"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("self-test passed")
+
+
+def test_short_quickstart(tmp_path: Path) -> None:
+    """The quickstart command as a user runs it, but smaller and shorter."""
+    smaller = ["tokenizer.vocab_size=512", "model.max_seqlen=64", "model.n_layer=2", "trainer.max_steps=6"]
+    command = [sys.executable, "-m", "flash_attn_train.cli", "preset=quickstart", *smaller]
+    command += ["trainer.val_sequences=16", f"data.cache_dir={tmp_path / 'cache'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "Python standard library",
+        "validation loss",
+        "tokens/s",
+        "checkpoints",
+        "loss.png",
+        "    def ",
+    ):
+        assert part in done.stdout
+    assert (tmp_path / "runs/quickstart/loss.png").exists()
+    assert done.stderr == ""
