@@ -1,11 +1,11 @@
 """Renders benchmark results into the READMEs.
 
-    python tools/render_benchmarks.py [--check] [--plots]
+    python tools/render_benchmarks.py [--check]
 
 Every figure comes from a file packages/*/benchmarks/results/NAME.json. A README shows it between the lines
 `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`, which this tool fills: where and when it was measured,
-the ceilings of the same run, the table. --check changes nothing and fails when a README differs from what the
-results say, or a result is shown nowhere. --plots also draws results/NAME.png with matplotlib.
+the ceilings of the same run, the table. benchmark_view.py describes the options that the first line may hold.
+--check changes nothing and fails when a README differs from the results, or a result is shown nowhere.
 """
 
 from __future__ import annotations
@@ -13,131 +13,161 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmark_results import Result, ResultError, read_result
+from benchmark_view import Table, View, parse_view, table
 from repository import ROOT, packages
 
 BLOCK = re.compile(
-    r"(?P<begin><!-- benchmark:(?P<name>[\w-]+) -->\n).*?(?P<end><!-- /benchmark -->)", re.DOTALL
+    r"(?P<begin><!-- benchmark:(?P<name>[\w-]+)(?P<options>[^>]*?)-->\n).*?(?P<end><!-- /benchmark -->)",
+    re.DOTALL,
 )
-SPEED_COLUMN = re.compile(r"(tflops|gbps|tokens_per_s)$")
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    path: Path
+    result: Result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail where a README differs; change nothing")
-    parser.add_argument("--plots", action="store_true", help="draw a picture beside each result")
     arguments = parser.parse_args()
     try:
-        results = read_results(ROOT)
-        problems = render(
-            ROOT, {name: result for name, (_, result) in results.items()}, write=not arguments.check
-        )
+        problems = render(ROOT, read_results(ROOT), write=not arguments.check)
     except ResultError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if arguments.plots:
-        for path, result in results.values():
-            plot(result, path.with_suffix(".png"))
+        problems = [str(error)]
     for problem in problems:
         print(problem)
     return 1 if problems else 0
 
 
-def read_results(root: Path) -> dict[str, tuple[Path, Result]]:
+def read_results(root: Path) -> dict[str, ResultFile]:
     """Results by the name of their file, which is the name of the benchmark."""
-    results: dict[str, tuple[Path, Result]] = {}
+    results: dict[str, ResultFile] = {}
     for path in sorted(root.glob("packages/*/benchmarks/results/*.json")):
         result = read_result(path)
         if result.benchmark != path.stem or path.stem in results:
             raise ResultError(f"{path}: benchmark: got {result.benchmark!r}, expected a unique {path.stem!r}")
-        results[path.stem] = (path, result)
+        results[path.stem] = ResultFile(path, result)
     return results
 
 
-def render(root: Path, results: dict[str, Result], *, write: bool) -> list[str]:
+def render(root: Path, results: dict[str, ResultFile], *, write: bool) -> list[str]:
     """Fills the READMEs, or with write=False only compares; returns what is wrong."""
     problems: list[str] = []
     shown: set[str] = set()
     for readme in (root / "README.md", *(package.folder / "README.md" for package in packages(root))):
         text = readme.read_text()
-        names = [block["name"] for block in BLOCK.finditer(text)]
-        shown.update(names)
-        unknown = [name for name in names if name not in results]
-        problems += [f"{readme}: no results/{name}.json for the block benchmark:{name}" for name in unknown]
-        if text.count("<!-- benchmark:") != len(names):
+        blocks = list(BLOCK.finditer(text))
+        shown.update(block["name"] for block in blocks)
+        if text.count("<!-- benchmark:") != len(blocks):
             problems.append(f"{readme}: a benchmark block is not closed by <!-- /benchmark -->")
+        unknown = [block["name"] for block in blocks if block["name"] not in results]
         if unknown:
+            problems += [
+                f"{readme}: no results/{name}.json for the block benchmark:{name}" for name in unknown
+            ]
             continue
-        new = BLOCK.sub(lambda block: block["begin"] + markdown(results[block["name"]]) + block["end"], text)
-        if new == text:
-            continue
-        if write:
+        new, end = "", 0
+        for block in blocks:
+            new += text[end : block.start()]
+            new += _filled(block, results[block["name"]], readme.parent, write, problems)
+            end = block.end()
+        new += text[end:]
+        if new != text and write:
             readme.write_text(new)
             print(f"{readme}: rendered")
-        else:
+        elif new != text:
             problems.append(f"{readme}: differs from the results: run tools/render_benchmarks.py")
     problems += [f"results/{name}.json is shown in no README" for name in sorted(set(results) - shown)]
     return problems
 
 
-def markdown(result: Result) -> str:
+def _filled(block: re.Match[str], file: ResultFile, folder: Path, write: bool, problems: list[str]) -> str:
+    view = parse_view(block["options"])
+    content = table(file.result, view)
+    text = markdown(file.result, content)
+    if view.plot:
+        picture = file.path.parent / view.plot
+        if write:
+            plot(file.result, content, view, picture)
+        elif not picture.is_file():
+            problems.append(f"{picture} is missing: run tools/render_benchmarks.py")
+        text += f"\n![{view.value} of {file.result.benchmark}]({picture.relative_to(folder)})\n"
+    return block["begin"] + text + block["end"]
+
+
+def markdown(result: Result, content: Table) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items() if version)
     measured = f"Measured {result.date[:10]} on {result.gpu or 'a CPU'} ({versions})."
     if result.ceilings:
         gemm, copy = result.ceilings["gemm_tflops"], result.ceilings["copy_gbps"]
         measured += (
-            f" The same run's ceilings: 8192×8192×8192 bf16 matrix product {number(gemm)} TFLOP/s, "
-            f"device copy {number(copy)} GB/s."
+            f" The same run's ceilings: 8192×8192×8192 bf16 matrix product {_text(gemm)} TFLOP/s, "
+            f"device copy {_text(copy)} GB/s."
         )
-    header = "| " + " | ".join(column.replace("_", " ") for column in result.columns) + " |"
-    ruler = (
-        "|" + "|".join(" ---: " if is_numeric(result, column) else " --- " for column in result.columns) + "|"
-    )
-    body = ["| " + " | ".join(number(value) for value in row.values()) + " |" for row in result.rows]
+    header = "| " + " | ".join(name.replace("_", " ") for name in content.header) + " |"
+    columns = list(zip(*content.lines, strict=True))
+    ruler = "|" + "|".join(" ---: " if _is_numeric(column) else " --- " for column in columns) + "|"
+    body = []
+    for index, line in enumerate(content.lines):
+        cells = [_text(value) for value in line]
+        if content.shares:
+            labels, values = cells[: content.label_count], cells[content.label_count :]
+            cells = labels + [_with_share(*pair) for pair in zip(values, content.shares[index], strict=True)]
+        body.append("| " + " | ".join(cells) + " |")
     return "\n".join([measured, "", header, ruler, *body, ""])
 
 
-def number(value: Any) -> str:
+def _text(value: Any) -> str:
     """Measured numbers with three significant digits, a dash for what was not measured."""
     if value is None:
         return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value)
 
 
-def is_numeric(result: Result, column: str) -> bool:
-    values = [row[column] for row in result.rows if row[column] is not None]
-    return bool(values) and all(isinstance(value, int | float) for value in values)
+def _with_share(text: str, share: float | None) -> str:
+    return text if share is None else f"{text} ({share:.0%})"
 
 
-def plot(result: Result, path: Path) -> None:
-    """One group of bars per row, one bar per speed column; nothing where a result has no speeds."""
+def _is_numeric(column: tuple[Any, ...]) -> bool:
+    values = [value for value in column if value is not None]
+    return bool(values) and all(isinstance(value, (int, float)) for value in values)
+
+
+def plot(result: Result, content: Table, view: View, path: Path) -> None:
+    """A group of bars for each line of a cross table, a bar for each of its columns."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    speeds = [column for column in result.columns if SPEED_COLUMN.search(column)]
-    if not speeds:
-        return
-    described_by = [column for column in result.columns if not isinstance(result.rows[0][column], float)]
-    labels = [" ".join(str(row[column]) for column in described_by) for row in result.rows]
-    height = 0.8 / len(speeds)
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.18 * len(labels) * len(speeds)), layout="constrained")
-    for index, column in enumerate(speeds):
-        positions = [row + index * height for row in range(len(labels))]
-        axes.barh(
-            positions, [row[column] or 0.0 for row in result.rows], height, label=column.replace("_", " ")
-        )
-    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(labels))], labels)
+    series = content.header[content.label_count :]
+    labels = [
+        ", ".join(f"{name} {_text(value)}" for name, value in zip(view.rows, line, strict=False))
+        for line in content.lines
+    ]
+    thickness = 0.8 / len(series)
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.2 * len(labels) * len(series)), layout="constrained")
+    for index, name in enumerate(series):
+        positions = [row + index * thickness for row in range(len(labels))]
+        lengths = [line[content.label_count + index] or 0.0 for line in content.lines]
+        axes.barh(positions, lengths, thickness, label=name)
+    axes.set_yticks([row + 0.4 - thickness / 2 for row in range(len(labels))], labels)
     axes.invert_yaxis()
-    axes.set_title(f"{result.benchmark}, {result.gpu}, {result.date[:10]}")
+    axes.set_xlabel(view.value.replace("_", " "))
+    axes.set_title(", ".join([result.benchmark, *(value for _, value in view.where), str(result.gpu)]))
     axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
 
 

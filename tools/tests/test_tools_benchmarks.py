@@ -40,8 +40,15 @@ def write_result(root: Path, result: dict, name: str = "speed") -> Path:
 
 
 def render(root: Path, *, write: bool) -> list[str]:
-    results = {name: result for name, (_, result) in render_benchmarks.read_results(root).items()}
-    return render_benchmarks.render(root, results, write=write)
+    return render_benchmarks.render(root, render_benchmarks.read_results(root), write=write)
+
+
+def rendered(root: Path, block: str) -> str:
+    readme = packages(root)[1].folder / "README.md"
+    readme.write_text(f"<!-- benchmark:speed {block} -->\n<!-- /benchmark -->\n")
+    assert render(root, write=True) == []
+    assert render(root, write=False) == []
+    return readme.read_text()
 
 
 def test_figures_appear_with_where_they_come_from(repository: Path) -> None:
@@ -51,8 +58,8 @@ def test_figures_appear_with_where_they_come_from(repository: Path) -> None:
     assert text.startswith("# Title\n") and text.endswith("<!-- /benchmark -->\nend\n")
     assert "Measured 2026-01-02 on Some GPU (torch 2.11.0)." in text
     assert "700 TFLOP/s" in text
-    assert "| 1024 | True | 123 | – |" in text
-    assert "| 4096 | False | 9.88 | 1 |" in text
+    assert "| 1024 | yes | 123 | – |" in text
+    assert "| 4096 | no | 9.88 | 1 |" in text
 
 
 def test_check_passes_after_rendering_and_fails_after_a_new_measurement(repository: Path) -> None:
@@ -95,8 +102,55 @@ def test_a_malformed_result_is_refused_by_name(repository: Path, change: dict, c
     assert complaint in str(caught.value)
 
 
-def test_plots_are_drawn_where_there_are_speeds(repository: Path, tmp_path: Path) -> None:
+LONG = [
+    {"direction": direction, "seqlen": seqlen, "contestant": who, "tflops": speed, "share": speed / 700}
+    for direction, seqlen, who, speed in [
+        ("forward", 1024, "ours", 350.0),
+        ("forward", 1024, "peer", 175.0),
+        ("forward", 4096, "ours", 400.0),
+        ("backward", 1024, "ours", 300.0),
+    ]
+]
+
+
+def test_cross_table(repository: Path) -> None:
+    write_result(repository, {**RESULT, "rows": LONG})
+    text = rendered(
+        repository, "rows=seqlen columns=contestant value=tflops share=share where=direction:forward"
+    )
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert table == [
+        "| seqlen | ours | peer |",
+        "| ---: | ---: | ---: |",
+        "| 1024 | 350 (50%) | 175 (25%) |",
+        "| 4096 | 400 (57%) | – |",
+    ]
+
+
+def test_plot_of_a_cross_table(repository: Path) -> None:
     pytest.importorskip("matplotlib")
-    ((_, result),) = render_benchmarks.read_results(repository).values()
-    render_benchmarks.plot(result, tmp_path / "speed.png")
-    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    path = write_result(repository, {**RESULT, "rows": LONG})
+    text = rendered(repository, "rows=direction,seqlen columns=contestant value=tflops plot=speed.png")
+    picture = path.with_name("speed.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "![tflops of speed](benchmarks/results/speed.png)" in text
+    picture.unlink()
+    assert any("speed.png is missing" in problem for problem in render(repository, write=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("row=seqlen", "got 'row=seqlen', expected one of rows"),
+        ("rows=seqlen value=tflops", "expected rows, columns and value together"),
+        ("rows=nothing columns=contestant value=tflops", "got column 'nothing'"),
+        ("rows=seqlen columns=contestant value=tflops", "two rows for"),
+        ("where=direction:sideways", "no row has"),
+        ("where=direction", "expected column:value"),
+    ],
+)
+def test_wrong_block_options_are_refused(repository: Path, options: str, complaint: str) -> None:
+    write_result(repository, {**RESULT, "rows": LONG})
+    with pytest.raises(ResultError) as caught:
+        rendered(repository, options)
+    assert complaint in str(caught.value)
