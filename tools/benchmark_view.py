@@ -3,10 +3,10 @@
     <!-- benchmark:attention rows=head_dim,causal,seqlen columns=contestant value=tflops
          share=share_of_gemm where=direction:forward plot=attention_forward.png -->
 
-Without options all rows are shown with all columns. `where` keeps rows by a column's value (several conditions
-are separated by commas). `rows`, `columns` and `value` make a cross table: one line for each combination of the
-`rows` columns, one column for each value of the `columns` column. `share` adds another column in percent to
-each cell; `plot` draws the cross table into a picture beside the result.
+Without options all rows are shown with all columns. `where` keeps rows by a column's value (several, with
+commas between them). `rows`, `columns` and `value` make a cross table: one line for each combination of
+the `rows` columns, one column for each value of the `columns` column. `share` adds another column in percent
+to each cell; `plot` draws the cross table into a picture beside the result.
 """
 
 from __future__ import annotations

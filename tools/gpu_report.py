@@ -40,25 +40,10 @@ print(json.dumps({
                  "triton": triton.__version__},
 }))
 """
-# The most that this GPU gives in this run; the share of it is what can be compared between machines.
 CEILINGS = """
-import json, torch
-def median_ms(work, repeats=20):
-    for _ in range(3):
-        work()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in events:
-        start.record(); work(); end.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
-n = 8192
-a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-source = torch.randn(2**30, device="cuda")
-target = torch.empty_like(source)
-print(json.dumps({
-    "gemm_tflops": round(2 * n**3 / median_ms(lambda: a @ b) / 1e9, 1),
-    "copy_gbps": round(2 * source.nbytes / median_ms(lambda: target.copy_(source)) / 1e6, 1),
-}))
+import json
+from flash_attn_kernels.testing import measure_ceilings
+print(json.dumps(measure_ceilings()))
 """
 
 
