@@ -57,7 +57,7 @@ def test_resuming_from_every_checkpoint_equals_not_stopping(
                 snapshots.append(tmp_path / f"killed{len(snapshots)}")
                 shutil.copytree(whole, snapshots[-1])
 
-    monkeypatch.setattr("flash_attn_train.run.AtomicCheckpointIO", Snapshotting)
+    monkeypatch.setattr("flash_attn_train.trainer.AtomicCheckpointIO", Snapshotting)
     train(config)
     monkeypatch.undo()
 

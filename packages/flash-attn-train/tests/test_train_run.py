@@ -179,10 +179,24 @@ def test_interrupted_run_says_how_to_continue(
             if trainer.global_step == 5:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr("flash_attn_train.run.FinalValidation", Interrupting)
+    monkeypatch.setattr("flash_attn_train.trainer.FinalValidation", Interrupting)
     with pytest.raises(SystemExit):
         train(small_config())
     assert "interrupted at step 5; resume=true continues from" in capsys.readouterr().out
+
+
+def test_progress_bar_on_a_terminal(
+    small_config: Callable[..., TrainConfig],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flash_attn_train.callbacks.progress.is_terminal", lambda: True)
+    train(small_config())
+    printed = capsys.readouterr().out
+    bars = [line for line in printed.replace("\n", "\r").split("\r") if line.startswith("training:")]
+    assert any("/6 [" in bar and "loss 5." in bar and "tokens/s" in bar for bar in bars)
+    assert "  ETA " not in printed  # the plain lines' words
+    assert "step 6/6  validation loss" in printed
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: the loss curve as a picture, and the closing lines."""
+"""What a run tells its user: the opening lines, the loss curve as a picture, and the closing lines."""
 
 from __future__ import annotations
 
@@ -6,9 +6,45 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+from flash_attn_models.attention import attention_path
+from flash_attn_models.gpt import GPTLMHeadModel
+
 from flash_attn_train.atomic import atomic_write
+from flash_attn_train.configs import TrainConfig
 from flash_attn_train.console import duration
+from flash_attn_train.data import Corpus, PreparedData
+from flash_attn_train.device import compute_dtype, describe_device
 from flash_attn_train.loggers import read_metrics
+
+
+def describe_run(
+    config: TrainConfig, corpus: Corpus, data: PreparedData, model: GPTLMHeadModel
+) -> dict[str, str]:
+    """What a user wants to know before the wait, of a (resolved) config: name -> text."""
+    shape, settings = config.model, config.trainer
+    path = attention_path(
+        model.config, seqlen=shape.max_seqlen, device=settings.accelerator, dtype=compute_dtype(config)
+    )
+    tokens_per_step = settings.batch_size * settings.accumulate_grad_batches * shape.max_seqlen
+    splits = ", ".join(
+        f"{len(documents)} documents ({corpus.num_bytes[name] / 1e6:.1f} MB) {use}"
+        for name, documents, use in (
+            ("train", corpus.train, "to train on"),
+            ("validation", corpus.validation, "held out"),
+        )
+    )
+    if corpus.skipped:
+        splits += f", {len(corpus.skipped)} files skipped (not UTF-8 text), e.g. {corpus.skipped[0]}"
+    return {
+        "device": f"{describe_device(config)}, precision {settings.precision}",
+        "attention": str(path).removeprefix("attention path: "),
+        "corpus": f"{corpus.title}: {splits}",
+        "tokens": f"{len(data.train):,} to train on, {len(data.validation):,} held out, vocabulary of "
+        f"{data.vocab_size:,}{' (from the cache)' if data.from_cache else ''}",
+        "model": f"{sum(p.numel() for p in model.parameters()):,} parameters, {shape.n_layer} layers, width "
+        f"{shape.d_model}, {shape.n_head} heads, context {shape.max_seqlen}",
+        "training": f"{settings.max_steps:,} steps of {tokens_per_step:,} tokens",
+    }
 
 
 @dataclass(frozen=True)
