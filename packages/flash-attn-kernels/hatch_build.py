@@ -11,6 +11,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 sys.path.insert(0, str(Path(__file__).parent))
 
 from build_support.decision import decide
+from build_support.errors import BuildError
 from build_support.toolchain import build_requirements
 
 
@@ -29,7 +30,10 @@ class KernelBuildHook(BuildHookInterface):
         from build_support.platform_tag import platform_tag
 
         self.app.display_info(f"flash-attn-kernels: compiling CUDA kernels ({decision.reason})")
-        built = build(Path(self.root))
+        try:
+            built = build(Path(self.root))
+        except BuildError as error:
+            self.app.abort(f"flash-attn-kernels: {error}")
         self.app.display_info(built.report.summary())
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform_tag(built.path)}"
