@@ -62,3 +62,9 @@ def small_config(corpus_folder: Path, token_cache: Path, tmp_path: Path) -> Call
         return config
 
     return build
+
+
+@pytest.fixture(scope="session")
+def standard_library_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder for the tests that train on the standard library, all with the smallest preset's tokenizer."""
+    return tmp_path_factory.mktemp("standard_library_cache")

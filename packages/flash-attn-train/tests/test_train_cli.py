@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from flash_attn_train.cli import compose_config, main
+from flash_attn_train.cli import compose_config, main, show_default
 from flash_attn_train.configs.checks import options
 from flash_attn_train.configs.presets import MODELS, PRESETS
 from flash_attn_train.errors import ConfigError
@@ -81,6 +81,13 @@ def test_help_lists_presets_and_every_option(capsys: pytest.CaptureFixture[str])
     for option in options():
         assert f"  {option.key}=" in text
         assert option.metadata["help"] in text
+
+
+def test_readme_has_the_options_as_they_are() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    table = [line for line in readme.splitlines() if line.startswith("| `")]
+    for option in options():
+        assert f"| `{option.key}` | `{show_default(option)}` | {option.metadata['help']} |" in table
 
 
 def test_print_config_writes_a_config_that_composes_to_itself(capsys: pytest.CaptureFixture[str]) -> None:

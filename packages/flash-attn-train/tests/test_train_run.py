@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -238,12 +239,13 @@ def test_self_test_passes() -> None:
     assert done.stdout.rstrip().endswith("self-test passed")
 
 
-def test_short_quickstart(tmp_path: Path) -> None:
+def test_short_quickstart(tmp_path: Path, standard_library_cache: Path) -> None:
     """The quickstart command as a user runs it, but smaller and shorter."""
     smaller = ["tokenizer.vocab_size=512", "model.max_seqlen=64", "model.n_layer=2", "trainer.max_steps=6"]
     command = [sys.executable, "-m", "flash_attn_train.cli", "preset=quickstart", *smaller]
-    command += ["trainer.val_sequences=16", f"data.cache_dir={tmp_path / 'cache'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    command += ["trainer.val_sequences=16"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(standard_library_cache)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     for part in (
         "Python standard library",

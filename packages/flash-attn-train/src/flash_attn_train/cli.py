@@ -14,7 +14,7 @@ from typing import Any
 
 from flash_attn_train import __version__
 from flash_attn_train.configs import TrainConfig, check_config
-from flash_attn_train.configs.checks import describe_limits, options, unknown_key, wrong_type
+from flash_attn_train.configs.checks import Option, describe_limits, options, unknown_key, wrong_type
 from flash_attn_train.configs.presets import MODELS, PRESETS
 from flash_attn_train.errors import ConfigError, UserError
 
@@ -159,16 +159,16 @@ def help_text() -> str:
         if option.key.rpartition(".")[0] != section:
             section = option.key.rpartition(".")[0]
             lines.append("")
-        default = (
-            "null"
-            if option.default is None
-            else str(option.default).lower()
-            if isinstance(option.default, bool)
-            else option.default
-        )
-        lines.append(f"  {option.key}={default}")
+        lines.append(f"  {option.key}={show_default(option)}")
         lines.append(f"      {option.metadata['help']} [{describe_limits(option)}]")
     return "\n".join(lines)
+
+
+def show_default(option: Option) -> str:
+    """The default as one would write it on the command line."""
+    if option.default is None:
+        return "null"
+    return str(option.default).lower() if isinstance(option.default, bool) else str(option.default)
 
 
 if __name__ == "__main__":
