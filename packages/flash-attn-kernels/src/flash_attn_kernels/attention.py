@@ -285,26 +285,20 @@ def _problem(inputs: AttentionInputs) -> AttentionProblem:
     layout = "dense"
     if inputs.packed is not None:
         layout = "packed" if inputs.packed.block_table is None else "paged"
-    is_cuda = inputs.q.device.type == "cuda"
+    device, options = inputs.q.device, inputs.options
     return AttentionProblem(
-        device_type=inputs.q.device.type,
-        compute_capability=_compute_capability(inputs.q.device.index) if is_cuda else None,
+        device_type=device.type,
+        compute_capability=_compute_capability(device.index) if device.type == "cuda" else None,
         dtype=inputs.q.dtype,
         head_dim=inputs.q.shape[-1],
         head_dim_v=inputs.v.shape[-1],
         layout=layout,
-        softmax_scale_is_positive=inputs.options.softmax_scale > 0,
-        has_softcap=inputs.options.softcap > 0,
+        softmax_scale_is_positive=options.softmax_scale > 0,
+        has_softcap=options.softcap > 0,
         has_alibi=inputs.alibi_slopes is not None,
-        has_dropout=inputs.options.dropout_p > 0,
-        library_error=library.load_error() if is_cuda else None,
+        has_dropout=options.dropout_p > 0,
+        library_error=library.load_error() if device.type == "cuda" else None,
     )
-
-
-@functools.cache
-def _compute_capability(device_index: int | None) -> tuple[int, int] | None:
-    """None where there is no such device to ask, as under FakeTensor on a machine without a GPU."""
-    return torch.cuda.get_device_capability(device_index) if torch.cuda.is_available() else None
 
 
 def _choose_path(inputs: AttentionInputs, strict: bool) -> str:
@@ -321,10 +315,29 @@ def _choose_path(inputs: AttentionInputs, strict: bool) -> str:
     return explanation.path
 
 
+# torch.compile asks these once, while tracing, and treats the answers as constants.
+
+
+@torch.compiler.assume_constant_result
+def _compute_capability(device_index: int | None) -> tuple[int, int] | None:
+    """None where there is no such device to ask, as under FakeTensor on a machine without a GPU."""
+    return _cached_compute_capability(device_index)
+
+
 @functools.cache
+def _cached_compute_capability(device_index: int | None) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device_index) if torch.cuda.is_available() else None
+
+
+@torch.compiler.assume_constant_result
 def _warn_once(reasons: str) -> None:
-    warnings.warn(
-        f"attention runs on the portable path, which is slow on a GPU, because: {reasons}. "
-        "explain() gives this reason too; strict=True raises instead.",
-        stacklevel=5,
-    )
+    if reasons not in _warned_reasons:
+        _warned_reasons.add(reasons)
+        warnings.warn(
+            f"attention runs on the portable path, which is slow on a GPU, because: {reasons}. "
+            "explain() gives this reason too; strict=True raises instead.",
+            stacklevel=4,
+        )
+
+
+_warned_reasons: set[str] = set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +40,6 @@ class Explanation:
         return f"attention path: {self.path} (not sm80: {'; '.join(self.reasons)})"
 
 
-@functools.cache
 def choose_path(problem: AttentionProblem) -> Explanation:
     """The fastest path that computes the problem exactly."""
     reasons = _why_not_sm80(problem)

@@ -15,9 +15,14 @@ from torch import Tensor
 LIBRARY_PATH = Path(__file__).parent / "lib" / "libflash_attn_kernels.so"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def load_error() -> str | None:
     """Load the library once; None when its operators are there, otherwise the reason why not."""
+    return _load()
+
+
+@functools.cache
+def _load() -> str | None:
     if not LIBRARY_PATH.exists():
         return (
             "this installation has no compiled kernels (install a platform wheel, or build with "
@@ -26,7 +31,7 @@ def load_error() -> str | None:
     try:
         torch.ops.load_library(str(LIBRARY_PATH))
     except (OSError, RuntimeError) as error:
-        return f"the compiled kernels failed to load: {error}"
+        return f"the compiled kernels failed to load: {error.__cause__ or error}"
     _register_fakes()
     return None
 

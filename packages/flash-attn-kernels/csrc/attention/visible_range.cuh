@@ -1,0 +1,54 @@
+// Which tiles of keys a tile of queries can see, and the reverse.
+#pragma once
+
+#include "params.h"
+
+namespace flash_attn {
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+// Division that rounds towards minus infinity, for tile indices computed from negative positions.
+__host__ __device__ constexpr int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+// Tiles [begin, end) contain something visible; of them [clean_begin, clean_end) need no mask at all.
+struct TileRange {
+  int begin, clean_begin, clean_end, end;
+};
+
+// Key tiles of `columns` keys seen by queries [query, query + rows).
+__device__ __forceinline__ TileRange visible_key_tiles(const ProblemShape& shape, const Window& window, int query,
+                                                       int rows, int columns) {
+  const int diagonal = query + shape.seqlen_k - shape.seqlen_q;
+  TileRange range;
+  range.begin = max(0, floor_div(diagonal - window.left, columns));
+  range.end = min(ceil_div(shape.seqlen_k, columns), floor_div(diagonal + rows - 1 + window.right, columns) + 1);
+  range.clean_end = min(shape.seqlen_k / columns, floor_div(diagonal + window.right + 1, columns));
+  range.clean_begin = -floor_div(-(diagonal + rows - 1 - window.left), columns);
+  range.clean_begin = min(max(range.clean_begin, range.begin), range.end);
+  range.clean_end = min(max(range.clean_end, range.clean_begin), range.end);
+  return range;
+}
+
+// Query tiles [begin, end) of `rows` queries whose visible_key_tiles() contain the tile of keys [key, key + columns).
+struct QueryTiles {
+  int begin, end;
+};
+
+__device__ __forceinline__ QueryTiles visible_query_tiles(const ProblemShape& shape, const Window& window, int key,
+                                                          int columns, int rows) {
+  const int shift = shape.seqlen_q - shape.seqlen_k;  // the query on whose diagonal key 0 lies
+  QueryTiles tiles;
+  tiles.begin = max(0, floor_div(key + shift - window.right, rows));
+  tiles.end = min(ceil_div(shape.seqlen_q, rows), floor_div(key + columns - 1 + shift + window.left, rows) + 1);
+  tiles.end = max(tiles.begin, tiles.end);
+  return tiles;
+}
+
+// Whether every query of a tile sees every key of a tile, so that no mask is needed.
+__device__ __forceinline__ bool is_clean(const ProblemShape& shape, const Window& window, int query, int rows, int key,
+                                         int columns) {
+  const int diagonal = query + shape.seqlen_k - shape.seqlen_q;
+  return key + columns <= shape.seqlen_k && key + columns - 1 <= diagonal + window.right &&
+         key >= diagonal + rows - 1 - window.left;
+}
+
+}  // namespace flash_attn
