@@ -105,11 +105,8 @@ def main() -> None:
         for row in bench_case(seqlen, head_dim, causal, samples):
             share = row["tflops"] / ceilings["gemm_tflops"]
             rows.append({**row, "share_of_gemm": round(share, 3)})
-            mask = "causal" if causal else "full"
-            print(
-                f"{row['direction']:8} d{head_dim:<3} {mask:6} {seqlen:6} {row['contestant']:18} {row['tflops']:7.1f} TFLOP/s",
-                flush=True,
-            )
+            case = f"{row['direction']:8} d{head_dim:<3} {'causal' if causal else 'full':6} {seqlen:6}"
+            print(f"{case} {row['contestant']:18} {row['tflops']:7.1f} TFLOP/s", flush=True)
     write_result(arguments.json, "attention", rows, ceilings)
 
 

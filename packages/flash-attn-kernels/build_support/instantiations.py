@@ -1,4 +1,4 @@
-"""The translation units of kernel templates, one per (kernel, element type, head dim), written into the build folder."""
+"""The translation units of the kernel templates: one per kernel, element type and head dim."""
 
 from __future__ import annotations
 

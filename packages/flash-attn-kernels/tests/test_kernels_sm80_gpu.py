@@ -76,7 +76,12 @@ def check(q: Tensor, k: Tensor, v: Tensor, **options) -> None:
     for name in Results._fields:
         factor, atol = (2.0, 1e-5) if name in ("out", "lse") else (3.0, 1e-4)
         assert_within_reference_error(
-            getattr(ours, name), getattr(exact, name), getattr(plain, name), factor=factor, atol=atol, name=name
+            getattr(ours, name),
+            getattr(exact, name),
+            getattr(plain, name),
+            factor=factor,
+            atol=atol,
+            name=name,
         )
 
 
@@ -145,9 +150,7 @@ def test_torch_deterministic_algorithms_is_obeyed() -> None:
     dout = torch.randn_like(q)
     torch.use_deterministic_algorithms(True)
     try:
-        gradients = [
-            torch.autograd.grad(flash_attn_func(q, k, v), q, dout)[0] for _ in range(10)
-        ]
+        gradients = [torch.autograd.grad(flash_attn_func(q, k, v), q, dout)[0] for _ in range(10)]
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(gradients[0], g) for g in gradients[1:])
@@ -182,7 +185,9 @@ def test_memory_around_the_tensors_changes_nothing() -> None:
     q, k, v = random_inputs(1, 100, 90, 2, 2, 128, torch.bfloat16)
 
     def surrounded(x: Tensor) -> Tensor:
-        poisoned = torch.full((x.shape[0], x.shape[1] + 256, *x.shape[2:]), float("nan"), device="cuda", dtype=x.dtype)
+        poisoned = torch.full(
+            (x.shape[0], x.shape[1] + 256, *x.shape[2:]), float("nan"), device="cuda", dtype=x.dtype
+        )
         inner = poisoned[:, 128:-128]
         inner.copy_(x)
         return inner

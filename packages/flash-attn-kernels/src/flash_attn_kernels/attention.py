@@ -120,7 +120,10 @@ def flash_attn_varlen_func(
     del max_seqlen_q, max_seqlen_k  # hints: the paths read the lengths themselves
     if return_attn_probs:
         raise bad_argument(
-            "return_attn_probs", True, "False for packed sequences", "call flash_attn_func on one sequence at a time"
+            "return_attn_probs",
+            True,
+            "False for packed sequences",
+            "call flash_attn_func on one sequence at a time",
         )
     packed = PackedLayout(cu_seqlens_q, cu_seqlens_k, block_table)
     _check_packed(q, k, v, packed, alibi_slopes)
@@ -218,7 +221,12 @@ def _attend(inputs: AttentionInputs, path: str) -> tuple[Tensor, Tensor]:
 def _detached(inputs: AttentionInputs) -> AttentionInputs:
     slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes.detach()
     return AttentionInputs(
-        inputs.q.detach(), inputs.k.detach(), inputs.v.detach(), inputs.options, slopes, inputs.seed_and_offset
+        inputs.q.detach(),
+        inputs.k.detach(),
+        inputs.v.detach(),
+        inputs.options,
+        slopes,
+        inputs.seed_and_offset,
     )
 
 
@@ -229,7 +237,10 @@ def _check_packed(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout, alibi_s
     batch = packed.cu_seqlens_q.numel() - 1
     if packed.cu_seqlens_k.numel() - 1 != batch:
         raise bad_argument(
-            "cu_seqlens_k", f"{packed.cu_seqlens_k.numel() - 1} sequences", f"the {batch} of cu_seqlens_q", "align them"
+            "cu_seqlens_k",
+            f"{packed.cu_seqlens_k.numel() - 1} sequences",
+            f"the {batch} of cu_seqlens_q",
+            "align them",
         )
     checks.check_cu_seqlens_range("cu_seqlens_q", packed.cu_seqlens_q, q.shape[0])
     if packed.block_table is None:

@@ -44,7 +44,9 @@ class Sequence:
     batch_offset: int = 0
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
-        """(query rows, visible key range) of each query block."""
+        """(query rows, visible key range) of each query block; none without batch entries or heads."""
+        if self.q.shape[0] == 0 or self.q.shape[2] == 0:
+            return
         seqlen_q, seqlen_k = self.q.shape[1], self.k.shape[1]
         for begin in range(0, seqlen_q, QUERY_BLOCK):
             end = min(begin + QUERY_BLOCK, seqlen_q)
@@ -69,7 +71,7 @@ class Sequence:
 
     def scores(self, q_BKRD: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor | None]:
         """Scores (B, H, S, T), -inf where invisible, and tanh of the capped scores for the backward."""
-        B, K, _, _ = q_BKRD.shape
+        B, _K, _, _ = q_BKRD.shape
         H, S, T = self.q.shape[2], rows.stop - rows.start, columns.stop - columns.start
         options = self.options
         scores = (q_BKRD @ self.keys(self.k, columns).transpose(-1, -2)).mul_(options.softmax_scale)
@@ -185,7 +187,9 @@ def backward(
             scores, tanh = sequence.scores(q_block, rows, columns)
             probabilities = torch.exp(scores - row_lse.unsqueeze(-1))
             dropout = sequence.dropout_scale(rows, columns)
-            dprobabilities = (dout_block @ sequence.keys(sequence.v, columns).transpose(-1, -2)).reshape(scores.shape)
+            dprobabilities = (dout_block @ sequence.keys(sequence.v, columns).transpose(-1, -2)).reshape(
+                scores.shape
+            )
             weights = probabilities
             if dropout is not None:
                 weights = probabilities * dropout
@@ -193,7 +197,9 @@ def backward(
             gradients.dv[:, :, columns] += weights.reshape(B, K, -1, T).transpose(-1, -2) @ dout_block
             dscores = probabilities * (dprobabilities - delta.unsqueeze(-1))
             if gradients.dslopes is not None:
-                gradients.dslopes.sub_((dscores * sequence.key_distance(rows, columns).abs()).sum(dim=(-1, -2)))
+                gradients.dslopes.sub_(
+                    (dscores * sequence.key_distance(rows, columns).abs()).sum(dim=(-1, -2))
+                )
             if tanh is not None:
                 dscores = dscores * (1.0 - tanh * tanh)
             dscores = dscores.reshape(B, K, -1, T)

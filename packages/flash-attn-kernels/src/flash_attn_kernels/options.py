@@ -38,7 +38,9 @@ class AttentionOptions:
         """Half-open range of keys that at least one query of ``[query_begin, query_end)`` can see."""
         diagonal = seqlen_k - seqlen_q
         begin = 0 if self.window_left is None else max(0, query_begin + diagonal - self.window_left)
-        end = seqlen_k if self.window_right is None else min(seqlen_k, query_end + diagonal + self.window_right)
+        end = (
+            seqlen_k if self.window_right is None else min(seqlen_k, query_end + diagonal + self.window_right)
+        )
         return begin, max(begin, end)
 
 
@@ -60,9 +62,13 @@ def make_options(
     """
     scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     if not math.isfinite(scale):
-        raise bad_argument("softmax_scale", softmax_scale, "a finite number", "pass None for 1/sqrt(head_dim)")
+        raise bad_argument(
+            "softmax_scale", softmax_scale, "a finite number", "pass None for 1/sqrt(head_dim)"
+        )
     if not 0.0 <= dropout_p < 1.0:
-        raise bad_argument("dropout_p", dropout_p, "a probability in [0, 1)", "pass 0.0 to switch dropout off")
+        raise bad_argument(
+            "dropout_p", dropout_p, "a probability in [0, 1)", "pass 0.0 to switch dropout off"
+        )
     if not (math.isfinite(softcap) and softcap >= 0.0):
         raise bad_argument("softcap", softcap, "a finite number >= 0", "pass 0.0 to switch soft-capping off")
     if len(window_size) != 2 or any(int(w) != w or w < -1 for w in window_size):

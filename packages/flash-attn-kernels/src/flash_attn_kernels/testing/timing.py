@@ -24,7 +24,11 @@ class Timing:
 
 
 def interleaved_times(
-    contestants: Mapping[str, Callable[[], object]], *, samples: int = 30, warmup: int = 5, min_sample_us: float = 300.0
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    samples: int = 30,
+    warmup: int = 5,
+    min_sample_us: float = 300.0,
 ) -> dict[str, Timing]:
     """Time every contestant in turn, round after round, so that clocks and heat drift alike for all.
 

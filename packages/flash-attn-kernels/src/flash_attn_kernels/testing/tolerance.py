@@ -7,7 +7,13 @@ from torch import Tensor
 
 
 def assert_within_reference_error(
-    actual: Tensor, reference: Tensor, plain: Tensor, *, factor: float = 2.0, atol: float = 1e-5, name: str = "result"
+    actual: Tensor,
+    reference: Tensor,
+    plain: Tensor,
+    *,
+    factor: float = 2.0,
+    atol: float = 1e-5,
+    name: str = "result",
 ) -> None:
     """Assert ``max|actual - reference| <= factor * max|plain - reference| + atol``.
 
@@ -23,7 +29,9 @@ def assert_within_reference_error(
     assert actual.shape == reference.shape, f"{name}: shape {tuple(actual.shape)} != {tuple(reference.shape)}"
     actual64, reference64, plain64 = (x.detach().double() for x in (actual, reference, plain))
     infinite = reference64.isinf()
-    assert torch.equal(actual64[infinite], reference64[infinite]), f"{name}: infinities differ from the reference"
+    assert torch.equal(actual64[infinite], reference64[infinite]), (
+        f"{name}: infinities differ from the reference"
+    )
     finite = ~infinite
     error = (actual64 - reference64)[finite].abs()
     if error.numel() == 0:
@@ -32,4 +40,6 @@ def assert_within_reference_error(
     plain_error = (plain64 - reference64)[finite].abs().nan_to_num(nan=0.0, posinf=0.0).max().item()
     bound = factor * plain_error + atol
     worst = error.max().item()
-    assert worst <= bound, f"{name}: error {worst:.3e} > {factor} * {plain_error:.3e} + {atol:.0e} = {bound:.3e}"
+    assert worst <= bound, (
+        f"{name}: error {worst:.3e} > {factor} * {plain_error:.3e} + {atol:.0e} = {bound:.3e}"
+    )
