@@ -33,7 +33,9 @@ class KernelBuildHook(BuildHookInterface):
         try:
             built = build(Path(self.root))
         except BuildError as error:
-            self.app.abort(f"flash-attn-kernels: {error}")
+            self.app.abort(
+                f"flash-attn-kernels: {error}\n(FLASH_ATTN_KERNELS_BUILD=never installs without kernels)"
+            )
         self.app.display_info(built.report.summary())
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform_tag(built.path)}"
