@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,25 +94,3 @@ def runs_on_triton(operation: str, *tensors: Tensor | None) -> bool:
             _warned.add(message)
             warnings.warn(message, stacklevel=4)
     return choice.path == "triton"
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's GPU current, which is where Triton launches. Costs nothing where it already is."""
-    if (
-        tensor.is_cuda
-        and not torch.compiler.is_compiling()
-        and tensor.device.index != torch.cuda.current_device()
-    ):
-        return torch.cuda.device(tensor.device)
-    return nullcontext()
-
-
-def device_limits(tensor: Tensor) -> tuple[int, int]:
-    """Multiprocessors of the tensor's device, and the shared memory in bytes that one of them gives to
-    programs."""
-    if (
-        not tensor.is_cuda
-    ):  # the interpreter: a small device, so that persistent programs walk more than one row
-        return 2, 2**16
-    properties = torch.cuda.get_device_properties(tensor.device)
-    return properties.multi_processor_count, properties.shared_memory_per_multiprocessor

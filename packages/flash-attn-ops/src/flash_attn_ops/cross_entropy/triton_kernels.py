@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_attn_ops.dispatch import on_device_of
+from flash_attn_ops.launch import ceil_div, next_power_of_2, on_device_of
 
 MAX_BLOCK = 4096
 
 
 def _block(vocab_size: int) -> tuple[int, int]:
     """Columns and warps of a program: 16 logits a thread, one block for a small vocabulary."""
-    cols = min(MAX_BLOCK, max(256, triton.next_power_of_2(vocab_size)))
+    cols = min(MAX_BLOCK, max(256, next_power_of_2(vocab_size)))
     return cols, max(1, cols // 512)
 
 
@@ -67,7 +67,7 @@ def d_logits(
     num_rows, vocab_size = logits.shape
     gradient = logits if inplace else logits.new_empty(logits.shape)
     cols, num_warps = _block(vocab_size)
-    blocks = triton.cdiv(vocab_size, cols)
+    blocks = ceil_div(vocab_size, cols)
     with on_device_of(logits):
         _backward[(num_rows * blocks,)](
             *(d_loss, divisor, logits, labels, lse, gradient),

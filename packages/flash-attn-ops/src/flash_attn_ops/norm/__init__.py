@@ -96,12 +96,12 @@ def _norm(
     returns_sum = prenorm and not sum_is_x
     inputs = (x, weight, bias, residual)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        out, residual_out = _Norm.apply(*inputs, eps, is_rms, residual_dtype, returns_sum)
+        outputs = _Norm.apply(*inputs, eps, is_rms, residual_dtype, returns_sum)
+        out, residual_out = outputs if returns_sum else (outputs, x)
     else:
-        out, residual_out, _, _ = _forward_kernels(*inputs, eps, is_rms, residual_dtype, returns_sum, False)
-    if prenorm:
-        return out, x if sum_is_x else residual_out
-    return out
+        out, total, _, _ = _forward_kernels(*inputs, eps, is_rms, residual_dtype, returns_sum, False)
+        residual_out = x if total is None else total
+    return (out, residual_out) if prenorm else out
 
 
 def _forward_kernels(
@@ -147,7 +147,7 @@ class _Norm(torch.autograd.Function):
         is_rms: bool,
         residual_dtype: torch.dtype,
         returns_sum: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         stores_sum = returns_sum or residual is not None
         out, total, mean, rstd = _forward_kernels(
             x, weight, bias, residual, eps, is_rms, residual_dtype, stores_sum, True
@@ -157,11 +157,11 @@ class _Norm(torch.autograd.Function):
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        return out, total if returns_sum else None
+        return (out, total) if returns_sum and total is not None else out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, d_sum: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor | None, d_sum: Tensor | None = None) -> tuple[Tensor | None, ...]:
         from . import triton_kernels
 
         if d_out is None:  # only the returned sum was used

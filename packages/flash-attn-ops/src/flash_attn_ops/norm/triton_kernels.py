@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_attn_ops.dispatch import device_limits, on_device_of
+from flash_attn_ops.launch import ceil_div, device_limits, next_power_of_2, on_device_of
 
 MAX_FORWARD_COLS = 32768  # 32 warps with 32 values a thread: what 64 registers hold
 MAX_BACKWARD_COLS = 16384  # dw, db, x and d_out of the row share the registers
@@ -46,7 +46,7 @@ class Tile:
 
 def forward_tile(hidden_size: int) -> Tile:
     """16 values a thread up to 8k columns: two 16-byte loads, and few enough registers for full occupancy."""
-    cols = max(16, triton.next_power_of_2(hidden_size))
+    cols = max(16, next_power_of_2(hidden_size))
     if cols <= 2048:  # several rows a program: one short row does not pay for its launch
         return Tile(rows=2048 // cols, cols=cols, num_warps=4)
     if cols <= 8192:
@@ -56,7 +56,7 @@ def forward_tile(hidden_size: int) -> Tile:
 
 def backward_tile(hidden_size: int) -> Tile:
     """As many values a thread as leave room for dw and db, and as many programs as fill the register file."""
-    cols = max(16, triton.next_power_of_2(hidden_size))
+    cols = max(16, next_power_of_2(hidden_size))
     if cols <= 2048:
         return Tile(rows=2048 // cols, cols=cols, num_warps=4, programs_per_multiprocessor=4)
     if cols <= 4096:
@@ -99,7 +99,7 @@ def forward(
     tile = forward_tile(hidden_size)
     wide = tile.cols > MAX_FORWARD_COLS
     kernel = _forward_wide if wide else _forward
-    grid = (num_rows,) if wide else (triton.cdiv(num_rows, tile.rows),)
+    grid = (num_rows,) if wide else (ceil_div(num_rows, tile.rows),)
     with on_device_of(x):
         kernel[grid](
             x,
@@ -150,9 +150,9 @@ def backward(
     tile = backward_tile(hidden_size)
     with on_device_of(x):
         if tile.cols > MAX_BACKWARD_COLS:
-            column_blocks = triton.cdiv(hidden_size, WIDE_GRADIENT_COLS)
+            column_blocks = ceil_div(hidden_size, WIDE_GRADIENT_COLS)
             programs = min(
-                triton.cdiv(num_rows, WIDE_GRADIENT_ROWS), triton.cdiv(4 * multiprocessors, column_blocks)
+                ceil_div(num_rows, WIDE_GRADIENT_ROWS), ceil_div(4 * multiprocessors, column_blocks)
             )
             dw_partial, db_partial = _partials(programs, x, bias_dtype)
             _backward_wide[(num_rows,)](
@@ -177,7 +177,7 @@ def backward(
             reads = (d_out, x, weight) if d_sum is None else (d_out, x, weight, d_sum)
             bytes_per_column = sum(tensor.element_size() for tensor in reads)
             stages, sharing = backward_plan(tile, bytes_per_column, shared_memory_bytes)
-            programs = min(triton.cdiv(num_rows, tile.rows), multiprocessors * sharing)
+            programs = min(ceil_div(num_rows, tile.rows), multiprocessors * sharing)
             dw_partial, db_partial = _partials(programs, x, bias_dtype)
             _backward[(programs,)](
                 *(d_out, d_sum, x, weight, mean, rstd, dx, d_residual, dw_partial, db_partial),
@@ -190,7 +190,7 @@ def backward(
                 STAGES=stages,
                 num_warps=tile.num_warps,
             )
-        _add_partials[(triton.cdiv(hidden_size, 32),)](
+        _add_partials[(ceil_div(hidden_size, 32),)](
             dw_partial, db_partial, dw, db, programs, hidden_size, ROWS=64, COLS=32, num_warps=4
         )
     if residual_dtype is not None and d_residual is None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_attn_ops.dispatch import on_device_of
+from flash_attn_ops.launch import ceil_div, next_power_of_2, on_device_of
 
 PAIRS_PER_PROGRAM = 2048  # 128 threads with 16 rotated pairs each; no fewer, so that no pair has two threads
 MAX_HEADS = 32
@@ -36,14 +36,14 @@ def rotate(
     seqlen = x.shape[0] if packed else x.shape[1]
     num_tokens = seqlen if packed else x.shape[0] * seqlen
     num_sequences = len(cu_seqlens) - 1 if cu_seqlens is not None else x.shape[0]
-    half_block = max(8, triton.next_power_of_2(rotary_half))
-    heads_block = min(MAX_HEADS, triton.next_power_of_2(num_heads), max(1, PAIRS_PER_PROGRAM // half_block))
+    half_block = max(8, next_power_of_2(rotary_half))
+    heads_block = min(MAX_HEADS, next_power_of_2(num_heads), max(1, PAIRS_PER_PROGRAM // half_block))
     tokens_block = max(1, PAIRS_PER_PROGRAM // (half_block * heads_block))
-    head_blocks = triton.cdiv(num_heads, heads_block)
+    head_blocks = ceil_div(num_heads, heads_block)
     offsets = seqlen_offsets if isinstance(seqlen_offsets, Tensor) else None
     rest = 0 if inplace else head_dim - 2 * rotary_half
     with on_device_of(x):
-        _rotate[(triton.cdiv(num_tokens, tokens_block) * head_blocks,)](
+        _rotate[(ceil_div(num_tokens, tokens_block) * head_blocks,)](
             *(x, out, cos, sin, offsets, cu_seqlens),
             *_token_strides(x, packed),
             *_token_strides(out, packed),
@@ -58,7 +58,7 @@ def rotate(
             TOKENS=tokens_block,
             HEADS=heads_block,
             HALF_BLOCK=half_block,
-            REST_BLOCK=max(16, triton.next_power_of_2(rest)) if rest else 0,
+            REST_BLOCK=max(16, next_power_of_2(rest)) if rest else 0,
             num_warps=4,
         )
     return out

@@ -1,0 +1,43 @@
+"""What the launchers of kernels share. All of it can be traced by torch.compile, with symbolic sizes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    return (numerator + denominator - 1) // denominator
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two >= size. Comparing gives a compiled graph a range of sizes instead of one
+    size."""
+    power = 1
+    while power < size:
+        power *= 2
+    return power
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's GPU current, which is where Triton launches. Costs nothing where it already is."""
+    if (
+        tensor.is_cuda
+        and not torch.compiler.is_compiling()
+        and tensor.device.index != torch.cuda.current_device()
+    ):
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def device_limits(tensor: Tensor) -> tuple[int, int]:
+    """Multiprocessors of the tensor's device, and the bytes of shared memory that one of them gives to
+    programs."""
+    if (
+        not tensor.is_cuda
+    ):  # the interpreter: a small device, so that persistent programs walk more than one row
+        return 2, 2**16
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return properties.multi_processor_count, properties.shared_memory_per_multiprocessor

@@ -1,0 +1,72 @@
+"""Which implementation runs, why, and who hears about it."""
+
+from __future__ import annotations
+
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+from flash_attn_ops import dispatch
+from flash_attn_ops.dispatch import choose, explain, runs_on_triton
+from flash_attn_ops.launch import ceil_div, next_power_of_2
+
+HALF = (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("device_type", "dtypes", "capability", "installed", "interpreted", "path", "reason"),
+    [
+        ("cuda", HALF, (9, 0), True, False, "triton", "CUDA tensors"),
+        ("cuda", HALF, (12, 0), True, False, "triton", "CUDA tensors"),
+        ("cuda", HALF, None, True, False, "triton", "CUDA tensors"),
+        ("cuda", HALF, (9, 0), False, False, "reference", "Triton is not installed"),
+        ("cuda", HALF, (7, 5), True, False, "reference", "compute capability 7.5"),
+        (
+            "cuda",
+            (torch.float32, torch.float64),
+            (9, 0),
+            True,
+            False,
+            "reference",
+            "not enough for torch.float64",
+        ),
+        ("cpu", HALF, None, True, False, "reference", "tensors are on cpu"),
+        ("cpu", HALF, None, True, True, "triton", "TRITON_INTERPRET=1"),
+        ("cpu", (torch.float64,), None, True, True, "reference", "not enough for torch.float64"),
+        ("cpu", HALF, None, False, True, "reference", "tensors are on cpu"),
+        ("mps", HALF, None, True, False, "reference", "tensors are on mps"),
+    ],
+)
+def test_choice(device_type, dtypes, capability, installed, interpreted, path, reason) -> None:
+    choice = choose(device_type, dtypes, capability, triton_installed=installed, interpreted=interpreted)
+    assert choice.path == path and reason in choice.reason
+
+
+def test_explain_reads_the_tensors() -> None:
+    assert explain(torch.ones(2), torch.ones(2).half()).path == "reference"
+
+
+def test_a_cuda_tensor_on_the_slow_path_warns_once() -> None:
+    tensor = mock.Mock(is_cuda=True, dtype=torch.float32, device=mock.Mock(type="cuda"))
+    tensor.numel.return_value = 1
+    with (
+        mock.patch.object(dispatch, "TRITON_INSTALLED", False),
+        mock.patch.object(dispatch, "_warned", set()),
+        mock.patch.object(torch.version, "hip", "a device without a CUDA capability"),
+        pytest.warns(UserWarning, match="rms_norm runs as plain torch operations: Triton is not installed"),
+    ):
+        assert not runs_on_triton("rms_norm", tensor, None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not runs_on_triton("rms_norm", tensor, None)
+
+
+def test_nothing_to_compute_launches_nothing() -> None:
+    with mock.patch.object(dispatch, "TRITON_INTERPRETS", True):
+        assert not runs_on_triton("rms_norm", torch.ones(0, 4), torch.ones(4))
+
+
+def test_whole_numbers() -> None:
+    assert [next_power_of_2(n) for n in (0, 1, 2, 3, 4, 5, 1000, 1024)] == [1, 1, 2, 4, 4, 8, 1024, 1024]
+    assert [ceil_div(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]

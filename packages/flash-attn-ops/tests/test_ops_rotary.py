@@ -1,0 +1,267 @@
+"""Rotary embedding away from the GPU: the reference, the options, the module, rejected arguments."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from flash_attn_ops.rotary import RotaryEmbedding, apply_rotary_emb
+from torch import Tensor
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+LAYOUTS = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+
+
+def as_complex(x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
+    """Each pair as one complex number times e^(i angle); x (B, S, H, D) in float64, angle (B, S, R/2)."""
+    size = 2 * angle.shape[-1]
+    pairs = x[..., :size].unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    pairs = pairs if interleaved else pairs.transpose(-1, -2)
+    factor = torch.polar(torch.ones_like(angle), angle)[:, :, None]
+    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * factor)
+    turned = (turned if interleaved else turned.transpose(-1, -2)).flatten(-2)
+    return torch.cat([turned, x[..., size:]], dim=-1)
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    "offsets", [0, 4, torch.tensor([3, 0]), torch.tensor([1, 6], dtype=torch.int32)], ids=str
+)
+@pytest.mark.parametrize("rotary_dim", [12, 6])
+def test_against_complex_numbers(interleaved: bool, offsets: int | Tensor, rotary_dim: int) -> None:
+    x, angle = torch.randn(2, 5, 3, 12, dtype=FP64), torch.randn(11, rotary_dim // 2, dtype=FP64)
+    starts = offsets.tolist() if isinstance(offsets, Tensor) else [offsets, offsets]
+    expected = as_complex(x, torch.stack([angle[start : start + 5] for start in starts]), interleaved)
+    out = apply_rotary_emb(x, angle.cos(), angle.sin(), interleaved, seqlen_offsets=offsets)
+    torch.testing.assert_close(out, expected)
+    copy = x.clone()
+    assert apply_rotary_emb(copy, angle.cos(), angle.sin(), interleaved, True, offsets) is copy
+    assert torch.equal(copy, out)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("offsets", [2, torch.tensor([2, 9, 0, 1])], ids=str)
+def test_packed_sequences_equal_separate_ones(interleaved: bool, offsets: int | Tensor) -> None:
+    lengths = [3, 0, 4, 1]
+    boundaries = torch.tensor([2, 5, 5, 9, 10], dtype=torch.int32)  # two tokens before, one after them all
+    x, angle = torch.randn(11, 3, 12), torch.randn(10, 4)
+    cos, sin = angle.cos(), angle.sin()
+    out = apply_rotary_emb(
+        x, cos, sin, interleaved, seqlen_offsets=offsets, cu_seqlens=boundaries, max_seqlen=4
+    )
+    expected = x.clone()
+    for i, length in enumerate(lengths):
+        if length:
+            own = slice(int(boundaries[i]), int(boundaries[i + 1]))
+            start = int(offsets[i]) if isinstance(offsets, Tensor) else offsets
+            expected[own] = apply_rotary_emb(x[None, own], cos, sin, interleaved, seqlen_offsets=start)[0]
+    assert torch.equal(out, expected)
+    hint_makes_no_difference = apply_rotary_emb(x, cos, sin, interleaved, False, offsets, boundaries.long())
+    assert torch.equal(hint_makes_no_difference, expected)
+
+
+@LAYOUTS
+def test_gradcheck(interleaved: bool) -> None:
+    x, angle = torch.randn(2, 3, 2, 6, dtype=FP64, requires_grad=True), torch.randn(3, 2, dtype=FP64)
+    cos, sin = angle.cos(), angle.sin()
+    assert torch.autograd.gradcheck(lambda x: apply_rotary_emb(x, cos, sin, interleaved), (x,))
+    in_place = lambda x: apply_rotary_emb(x * 1, cos, sin, interleaved, inplace=True)  # noqa: E731
+    assert torch.autograd.gradcheck(in_place, (x,))
+
+
+def test_every_option_acts() -> None:
+    x, (cos, sin) = torch.randn(1, 4, 2, 8), torch.randn(2, 9, 3)
+    plain = apply_rotary_emb(x, cos, sin)
+    assert torch.equal(plain[..., 6:], x[..., 6:])
+    assert not torch.equal(plain, apply_rotary_emb(x, cos, sin, interleaved=True))
+    assert not torch.equal(plain, apply_rotary_emb(x, cos, sin, seqlen_offsets=1))
+    boundaries = torch.tensor([0, 1, 4])
+    packed = apply_rotary_emb(x[0], cos, sin, cu_seqlens=boundaries)
+    assert not torch.equal(plain[0], packed)
+    with pytest.raises(ValueError, match="build a longer table"):
+        apply_rotary_emb(x[0], cos[:2], sin[:2], cu_seqlens=boundaries, max_seqlen=3)
+
+
+def test_dtypes() -> None:
+    """16-bit values are turned in float32 and rounded once; what is not turned keeps its bits."""
+    x, angle = torch.randn(1, 4, 2, 8).to(BF16), torch.randn(4, 3)
+    out = apply_rotary_emb(x, angle.cos(), angle.sin())
+    assert out.dtype == BF16 and torch.equal(
+        out, apply_rotary_emb(x.float(), angle.cos(), angle.sin()).to(BF16)
+    )
+    assert torch.equal(out[..., 6:], x[..., 6:])
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 8), (2, 0, 2, 8), (2, 4, 0, 8)], ids=str)
+def test_empty(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    out = apply_rotary_emb(x, torch.ones(4, 4), torch.ones(4, 4), seqlen_offsets=torch.zeros(shape[0]).int())
+    out.sum().backward()
+    assert out.shape == x.grad.shape == shape
+
+
+def test_any_strides() -> None:
+    cos, sin = torch.randn(2, 5, 4)
+    qkv = torch.randn(2, 5, 3, 2, 8)
+    before = qkv.clone()
+    expected = apply_rotary_emb(qkv[:, :, 0].contiguous(), cos, sin)
+    assert torch.equal(apply_rotary_emb(qkv[:, :, 0], cos, sin), expected)
+    heads_first = qkv[:, :, 0].transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(apply_rotary_emb(heads_first, cos, sin), expected)
+    apply_rotary_emb(qkv[:, :, 0], cos, sin, inplace=True)
+    assert torch.equal(qkv[:, :, 0], expected) and torch.equal(qkv[:, :, 1:], before[:, :, 1:])
+
+
+@LAYOUTS
+def test_module_rotates_by_position_times_frequency(interleaved: bool) -> None:
+    rotary = RotaryEmbedding(6, base=100.0, interleaved=interleaved)
+    q, k = torch.randn(2, 5, 3, 8, dtype=FP64), torch.randn(2, 5, 1, 8, dtype=FP64)
+    frequency = torch.tensor([100.0 ** (-2 * i / 6) for i in range(3)], dtype=FP64)
+    angle = ((torch.arange(5, dtype=FP64) + 7)[:, None] * frequency).expand(2, 5, 3)
+    for rotated, x in zip(rotary(q, k, 7), (q, k), strict=True):
+        torch.testing.assert_close(rotated, as_complex(x, angle, interleaved), atol=1e-6, rtol=1e-6)
+    assert not torch.equal(
+        rotary(q, k, 7)[0], RotaryEmbedding(6, base=50.0, interleaved=interleaved)(q, k, 7)[0]
+    )
+
+
+def test_growing_the_table_changes_no_value() -> None:
+    """Bit for bit: decoding token by token is one pass over the sequence, whatever was asked before."""
+    grown, fresh = RotaryEmbedding(16), RotaryEmbedding(16)
+    before = [table.clone() for table in grown.tables(5, torch.device("cpu"))]
+    for positions in (6, 100, 3001):
+        for old, new in zip(before, grown.tables(positions, torch.device("cpu")), strict=True):
+            assert torch.equal(old, new[:5])
+    for old, new in zip(
+        fresh.tables(3001, torch.device("cpu")), grown.tables(1, torch.device("cpu")), strict=True
+    ):
+        assert torch.equal(old[:3001], new[:3001])
+    q = torch.randn(1, 9, 2, 16)
+    whole, _ = RotaryEmbedding(16)(q, q)
+    decoding = RotaryEmbedding(16)
+    steps = [decoding(q[:, i : i + 1], q[:, i : i + 1], i)[0] for i in range(9)]
+    assert torch.equal(torch.cat(steps, dim=1), whole)
+    tensor_steps = [decoding(q[:, i : i + 1], q[:, :1], torch.tensor([i]), max_seqlen=9)[0] for i in range(9)]
+    assert torch.equal(torch.cat([q[:, :0], *tensor_steps], dim=1), whole)
+
+
+def test_the_table_is_exact_and_stays_so() -> None:
+    rotary = RotaryEmbedding(4).bfloat16()
+    cos, sin = rotary.tables(100_001, torch.device("cpu"))
+    assert cos.dtype == FP32 and not list(rotary.parameters()) and not rotary.state_dict()
+    angle = 100_000 * 10000.0 ** (-2 / 4)
+    assert abs(cos[100_000, 1].item() - math.cos(angle)) < 1e-7
+    assert abs(sin[100_000, 0].item() - math.sin(100_000)) < 1e-7
+
+
+def test_a_table_made_for_inference_serves_training() -> None:
+    rotary = RotaryEmbedding(8)
+    q = torch.randn(1, 3, 2, 8)
+    with torch.inference_mode():
+        rotary(q, q)
+    leaf = q.clone().requires_grad_()
+    rotary(leaf, leaf)[0].sum().backward()
+    assert leaf.grad is not None
+
+
+def test_compiles_to_one_graph() -> None:
+    rotary = RotaryEmbedding(8)
+
+    def block(q: Tensor, k: Tensor) -> Tensor:
+        q, k = rotary(q * 2, k)
+        return (q * k).sum()
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for seqlen in (3, 7):  # the table grows inside the graph
+        leaves = [torch.randn(2, seqlen, 3, 8, requires_grad=True) for _ in range(2)]
+        copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        compiled(*leaves).backward()
+        block(*copies).backward()
+        for leaf, copy in zip(leaves, copies, strict=True):
+            torch.testing.assert_close(leaf.grad, copy.grad)
+
+
+X, COS = torch.ones(2, 4, 3, 8), torch.ones(6, 4)
+GOOD = {"x": X, "cos": COS, "sin": COS}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": X.long()}, r"x: got torch.int64; expected a floating-point dtype"),
+        ({"x": X[0]}, r"x: got shape \(4, 3, 8\); expected \(B, S, H, D\)"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, r"x: got shape \(2, 4, 3, 8\); expected \(T, H, D\)"),
+        ({"cos": COS[0]}, r"cos: got shape \(4,\); expected \(positions, R/2\)"),
+        ({"sin": COS[:3]}, r"sin: got shape \(3, 4\); expected \(6, 4\), the shape of cos"),
+        ({"cos": torch.ones(6, 5), "sin": torch.ones(6, 5)}, r"cos: got 5 columns.*expected 0 < R <= 8"),
+        ({"cos": torch.ones(6, 0), "sin": torch.ones(6, 0)}, r"cos: got 0 columns"),
+        ({"cos": COS.to("meta")}, r"cos: got a tensor on meta; expected cpu"),
+        (
+            {"cos": COS.clone().requires_grad_()},
+            r"cos or sin: got a tensor that requires grad; expected constants",
+        ),
+        (
+            {"seqlen_offsets": 3},
+            r"seqlen_offsets: got tokens at positions up to 6; expected positions below 6",
+        ),
+        ({"seqlen_offsets": -1}, r"seqlen_offsets: got -1; expected no negative position"),
+        ({"seqlen_offsets": torch.tensor([0, 3])}, r"seqlen_offsets: got tokens at positions up to 6"),
+        ({"seqlen_offsets": torch.tensor([0, -3])}, r"seqlen_offsets: got -3"),
+        (
+            {"seqlen_offsets": torch.tensor([0])},
+            r"seqlen_offsets: got shape \(1,\); expected \(2,\), one offset",
+        ),
+        (
+            {"seqlen_offsets": torch.zeros(2)},
+            r"seqlen_offsets: got torch.float32; expected torch.int32 or torch.int64",
+        ),
+        ({"seqlen_offsets": 1.0}, r"seqlen_offsets: got float; expected an int"),
+        ({"max_seqlen": 4}, r"max_seqlen: got 4; expected None without cu_seqlens"),
+        (
+            {"x": X[0], "cu_seqlens": torch.tensor([0, 5])},
+            r"cu_seqlens: got \[0, 5\]; expected non-decreasing values",
+        ),
+        ({"x": X[0], "cu_seqlens": torch.tensor([0, 3, 2])}, r"cu_seqlens: got \[0, 3, 2\]"),
+        ({"x": X[0], "cu_seqlens": torch.tensor([0.0, 3.0])}, r"cu_seqlens: got torch.float32"),
+        ({"x": X[0], "cu_seqlens": torch.tensor([0])}, r"cu_seqlens: got shape \(1,\); expected \(B \+ 1,\)"),
+        (
+            {"x": X.transpose(2, 3), "cos": COS[:, :1], "sin": COS[:, :1], "inplace": True},
+            r"inplace: got x of strides",
+        ),
+        ({"x": X[:1].expand(2, 4, 3, 8), "inplace": True}, r"inplace: got x of strides"),
+        (
+            {"x": X.clone().requires_grad_(), "inplace": True},
+            r"inplace: got a leaf tensor x that requires grad",
+        ),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_rejected_arguments(change: dict, message: str) -> None:
+    given = {**GOOD, **change}
+    before = given["x"].clone()
+    with pytest.raises(ValueError, match=message) as error:
+        apply_rotary_emb(**given)
+    assert "Fix: " in str(error.value) and torch.equal(given["x"], before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dim": 5}, r"dim: got 5; expected a positive even number"),
+        ({"dim": 0}, r"dim: got 0"),
+        ({"dim": 4, "base": 0.0}, r"base: got 0.0; expected a positive number"),
+    ],
+    ids=str,
+)
+def test_rejected_module_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RotaryEmbedding(**arguments)
+
+
+def test_rejected_forward_arguments() -> None:
+    rotary = RotaryEmbedding(4)
+    with pytest.raises(ValueError, match=r"q and k: got shapes \(2, 4, 3, 8\) and \(2, 3, 3, 8\)"):
+        rotary(X, X[:, :3])
+    with pytest.raises(ValueError, match=r"max_seqlen: got None; expected the number of positions"):
+        rotary(X, X, torch.tensor([0, 1]))
