@@ -123,8 +123,6 @@ def elf_problems(library: Path) -> list[str]:
         versions = elf.get_section_by_name(".gnu.version")
         if not isinstance(dynamic, DynamicSection) or not isinstance(symbols, SymbolTableSection):
             return [f"{library.name} is not a dynamic library"]
-        if not isinstance(versions, GNUVerSymSection):
-            return [f"{library.name} has no symbol versions"]
         for tag in dynamic.iter_tags():
             kind = tag.entry.d_tag
             value = getattr(tag, kind.removeprefix("DT_").lower(), "")  # pyelftools names it after the kind
@@ -136,8 +134,13 @@ def elf_problems(library: Path) -> list[str]:
             if index == 0 or symbol.entry.st_shndx != "SHN_UNDEF":
                 continue
             # Versioned symbols come from the C and C++ runtimes; the platform tag answers for them.
-            unversioned = versions.get_symbol(index).entry["ndx"] in ("VER_NDX_LOCAL", "VER_NDX_GLOBAL")
-            if unversioned and not STABLE_SYMBOL.fullmatch(symbol.name):
+            versioned = isinstance(versions, GNUVerSymSection) and versions.get_symbol(index).entry[
+                "ndx"
+            ] not in (
+                "VER_NDX_LOCAL",
+                "VER_NDX_GLOBAL",
+            )
+            if not versioned and not STABLE_SYMBOL.fullmatch(symbol.name):
                 problems.append(f"needs {symbol.name}, which is not one of torch's stable functions")
     return problems
 
