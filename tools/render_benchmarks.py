@@ -58,7 +58,10 @@ def read_results(root: Path) -> dict[str, ResultFile]:
 
 
 def render(root: Path, results: dict[str, ResultFile], *, write: bool) -> list[str]:
-    """Fills the READMEs, or with write=False only compares; returns what is wrong."""
+    """Fills the READMEs, or with write=False only compares; returns what is wrong.
+
+    A block whose result does not exist (the benchmark has not run yet) says so.
+    """
     problems: list[str] = []
     shown: set[str] = set()
     for readme in (root / "README.md", *(package.folder / "README.md" for package in packages(root))):
@@ -67,16 +70,15 @@ def render(root: Path, results: dict[str, ResultFile], *, write: bool) -> list[s
         shown.update(block["name"] for block in blocks)
         if text.count("<!-- benchmark:") != len(blocks):
             problems.append(f"{readme}: a benchmark block is not closed by <!-- /benchmark -->")
-        unknown = [block["name"] for block in blocks if block["name"] not in results]
-        if unknown:
-            problems += [
-                f"{readme}: no results/{name}.json for the block benchmark:{name}" for name in unknown
-            ]
-            continue
         new, end = "", 0
         for block in blocks:
             new += text[end : block.start()]
-            new += _filled(block, results[block["name"]], readme.parent, write, problems)
+            new += block["begin"]
+            if block["name"] in results:
+                new += _content(block, results[block["name"]], readme.parent, write, problems)
+            else:
+                new += "Not measured yet.\n"
+            new += block["end"]
             end = block.end()
         new += text[end:]
         if new != text and write:
@@ -88,7 +90,7 @@ def render(root: Path, results: dict[str, ResultFile], *, write: bool) -> list[s
     return problems
 
 
-def _filled(block: re.Match[str], file: ResultFile, folder: Path, write: bool, problems: list[str]) -> str:
+def _content(block: re.Match[str], file: ResultFile, folder: Path, write: bool, problems: list[str]) -> str:
     view = parse_view(block["options"])
     content = table(file.result, view)
     text = markdown(file.result, content)
@@ -99,7 +101,7 @@ def _filled(block: re.Match[str], file: ResultFile, folder: Path, write: bool, p
         elif not picture.is_file():
             problems.append(f"{picture} is missing: run tools/render_benchmarks.py")
         text += f"\n![{view.value} of {file.result.benchmark}]({picture.relative_to(folder)})\n"
-    return block["begin"] + text + block["end"]
+    return text
 
 
 def markdown(result: Result, content: Table) -> str:

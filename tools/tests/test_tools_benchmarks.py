@@ -72,12 +72,17 @@ def test_check_passes_after_rendering_and_fails_after_a_new_measurement(reposito
     assert any("differs from the results" in problem for problem in render(repository, write=False))
 
 
-def test_a_block_without_result_and_a_result_without_block_are_found(repository: Path) -> None:
+def test_a_result_that_no_readme_shows_is_found(repository: Path) -> None:
     write_result(repository, {**RESULT, "benchmark": "other"}, "other")
-    (packages(repository)[0].folder / "README.md").write_text(TEXT.replace("speed", "missing"))
-    problems = "\n".join(render(repository, write=False))
-    assert "no results/missing.json" in problems
-    assert "results/other.json is shown in no README" in problems
+    assert any("results/other.json is shown in no README" in line for line in render(repository, write=False))
+
+
+def test_a_block_without_a_result_holds_no_figures(repository: Path) -> None:
+    readme = packages(repository)[0].folder / "README.md"
+    readme.write_text(TEXT.replace("speed", "missing"))
+    assert any(f"{readme}: differs" in problem for problem in render(repository, write=False))
+    render(repository, write=True)
+    assert "-->\nNot measured yet.\n<!-- /benchmark -->" in readme.read_text()
 
 
 def test_an_open_block_is_found(repository: Path) -> None:
