@@ -81,9 +81,10 @@ def check(case: Case, device: str) -> None:
         )
         loss.backward(upstream.to(loss.dtype))
         results[name] = {"loss": loss, "d_logits": leaf.grad, "overwritten": torch.equal(hidden, leaf.grad)}
-    for name, factor in (("loss", 2.0), ("d_logits", 3.0)):
+    last_places = 4 * torch.finfo(FP32).eps * results["exact"]["loss"].abs().max().item()
+    for name, factor, atol in (("loss", 2.0, max(1e-5, last_places)), ("d_logits", 3.0, 1e-5)):
         ours, exact, same = (results[which][name] for which in ("ours", "exact", "same"))
-        assert_within_reference_error(ours, exact, same, factor=factor, name=name)
+        assert_within_reference_error(ours, exact, same, factor=factor, atol=atol, name=name)
     assert results["ours"]["loss"].dtype == FP32 and results["ours"]["d_logits"].dtype == case.dtype
     assert results["ours"]["overwritten"] == case.inplace_backward
 
@@ -157,7 +158,7 @@ def test_strided_logits(device: str) -> None:
         leaf, copy = x.detach().requires_grad_(), x.detach().clone().contiguous().requires_grad_()
         cross_entropy(leaf, labels, reduction="none").sum().backward()
         cross_entropy(copy, labels, reduction="none").backward(torch.ones(4, device=device))
-        assert torch.equal(leaf.grad, copy.grad)
+        torch.testing.assert_close(leaf.grad, copy.grad)
 
 
 def test_in_place_on_a_slice_leaves_the_padding(device: str) -> None:
@@ -225,4 +226,4 @@ def test_compiles_to_one_graph() -> None:
         labels = torch.randint(0, 1000, (rows,), device="cuda")
         compiled(leaf, labels).backward()
         loss_of(copy, labels).backward()
-        assert torch.equal(leaf.grad, copy.grad)
+        torch.testing.assert_close(leaf.grad, copy.grad, rtol=1e-4, atol=1e-4)

@@ -253,4 +253,4 @@ def test_compiles_to_one_graph() -> None:
         compiled(*leaves).backward()
         block(*copies).backward()
         for leaf, copy in zip(leaves, copies, strict=True):
-            assert torch.equal(leaf.grad, copy.grad)
+            torch.testing.assert_close(leaf.grad, copy.grad, rtol=1e-4, atol=1e-4)

@@ -35,11 +35,13 @@ def _cross_entropy(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _layer_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.cat(layer_norm(x, weight, weight, residual=x, prenorm=True), dim=-1)
+    out, total = layer_norm(x, weight, weight, residual=x, prenorm=True)
+    return torch.cat((out, total), dim=-1)
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.cat(rms_norm(x, weight, residual=x, prenorm=True), dim=-1)
+    out, total = rms_norm(x, weight, residual=x, prenorm=True)
+    return torch.cat((out, total), dim=-1)
 
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -71,7 +71,8 @@ def explain(*tensors: Tensor) -> Choice:
     device = tensors[0].device
     capability = None
     if device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
+        properties = torch.cuda.get_device_properties(device)  # which torch.compile takes for a constant
+        capability = properties.major, properties.minor
     return choose(
         device.type,
         tuple(tensor.dtype for tensor in tensors),

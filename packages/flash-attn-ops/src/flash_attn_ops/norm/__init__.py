@@ -89,19 +89,20 @@ def _norm(
         residual_dtype = torch.promote_types(residual_dtype, torch.float32)
     if not runs_on_triton("rms_norm" if is_rms else "layer_norm", x, residual, weight, bias):
         normalise = reference.rms_norm if is_rms else reference.layer_norm
-        out, total = normalise(x, weight, bias, residual, eps, residual_dtype)
-        return (out, total) if prenorm else out
+        outputs = normalise(x, weight, bias, residual, eps, residual_dtype)
+        return outputs if prenorm else outputs[0]
 
-    sum_is_x = residual is None and residual_dtype == x.dtype
-    returns_sum = prenorm and not sum_is_x
+    total: Tensor | None = None  # x + residual, where it is wanted and differs from x
+    returns_sum = prenorm and (residual is not None or residual_dtype != x.dtype)
     inputs = (x, weight, bias, residual)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        outputs = _Norm.apply(*inputs, eps, is_rms, residual_dtype, returns_sum)
-        out, residual_out = outputs if returns_sum else (outputs, x)
+        result = _Norm.apply(*inputs, eps, is_rms, residual_dtype, returns_sum)
+        out, total = result if returns_sum else (result, None)
     else:
         out, total, _, _ = _forward_kernels(*inputs, eps, is_rms, residual_dtype, returns_sum, False)
-        residual_out = x if total is None else total
-    return (out, residual_out) if prenorm else out
+    if prenorm:
+        return out, x if total is None else total
+    return out
 
 
 def _forward_kernels(
@@ -133,8 +134,7 @@ def _forward_kernels(
 
 
 class _Norm(torch.autograd.Function):
-    """The kernels under autograd. With a residual the sum is stored for backward, whether or not it is
-    returned."""
+    """The kernels under autograd. With a residual the sum is stored for backward, returned or not."""
 
     @staticmethod
     def forward(

@@ -69,6 +69,12 @@ def _token_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
     return (0, x.stride(0), x.stride(1)) if packed else (x.stride(0), x.stride(1), x.stride(2))
 
 
+@triton.jit
+def _turn(first, second, cos, sin):
+    """The pair turned. Fused by hand: left to the compiler, another kernel could round the same pair otherwise."""
+    return tl.fma(first, cos, -(second * sin)), tl.fma(first, sin, second * cos)
+
+
 @triton.jit(
     do_not_specialize=[
         "num_tokens",
@@ -167,15 +173,17 @@ def _rotate(
         both_mask = mask & (both < 2 * HALF)
         x = tl.load(x_ptrs + both, mask=both_mask, other=0.0).to(tl.float32)
         first, second = tl.split(tl.reshape(x, (TOKENS, HEADS, HALF_BLOCK, 2)))
-        turned = tl.join(first * cos - second * sin, first * sin + second * cos)
+        first, second = _turn(first, second, cos, sin)
+        turned = tl.join(first, second)
         tl.store(out_ptrs + both, tl.reshape(turned, (TOKENS, HEADS, 2 * HALF_BLOCK)), mask=both_mask)
     else:
         col = half[None, None, :]
         pair_mask = mask & half_mask[None, None, :]
         first = tl.load(x_ptrs + col, mask=pair_mask, other=0.0).to(tl.float32)
         second = tl.load(x_ptrs + HALF + col, mask=pair_mask, other=0.0).to(tl.float32)
-        tl.store(out_ptrs + col, first * cos - second * sin, mask=pair_mask)
-        tl.store(out_ptrs + HALF + col, first * sin + second * cos, mask=pair_mask)
+        first, second = _turn(first, second, cos, sin)
+        tl.store(out_ptrs + col, first, mask=pair_mask)
+        tl.store(out_ptrs + HALF + col, second, mask=pair_mask)
     if REST > 0:
         rest = tl.arange(0, REST_BLOCK)[None, None, :]
         rest_mask = mask & (rest < REST)
