@@ -62,7 +62,10 @@ def main() -> int:
     arguments = parse_arguments()
     out: Path = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(str(package.source) for package in packages()))
+    sources = [str(package.source) for package in packages()]
+    inherited = os.environ.get("PYTHONPATH")
+    search_path = os.pathsep.join([*sources, inherited] if inherited else sources)
+    environment = dict(os.environ, PYTHONPATH=search_path)
 
     machine = run_python(MACHINE, environment)
     if machine is None:

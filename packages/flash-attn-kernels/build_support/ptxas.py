@@ -16,7 +16,12 @@ _USED = re.compile(r"Used (\d+) registers")
 _STATIC_SHARED = re.compile(r"(\d+) bytes smem")
 
 # Kernels that may spill: regular expression on the readable name -> the reason, with its measurement.
-ALLOWED_SPILLS: dict[str, str] = {}
+ALLOWED_SPILLS: dict[str, str] = {
+    r"sm80::backward_kernel<[^<]*BackwardConfig<128, 64, 128, 8, 2, 4, 2, 2> ?>": (
+        "a few bytes, once per tile of queries: scheduling all products to their whole depth spills them, and was "
+        "5 % faster on an H200 (sequence length 16k) than the schedule that does not"
+    ),
+}
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ std::tuple<Tensor, Tensor> sm80_forward(Tensor q, Tensor k, Tensor v, double sof
       .shape = shape,
       .window = window_of(window_left, window_right),
       .softmax_scale = static_cast<float>(softmax_scale),
+      .softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634),
       .q = view_of(q),
       .k = view_of(k),
       .v = view_of(v),
@@ -138,7 +139,8 @@ std::tuple<Tensor, Tensor, Tensor> sm80_backward(Tensor dout, Tensor q, Tensor k
 
   const int shared_bytes = shared_bytes_per_block(q.get_device_index());
   const int rows = q.size(3) == 64 ? sm80::backward_rows<64>(shared_bytes) : sm80::backward_rows<128>(shared_bytes);
-  const int64_t tiles = static_cast<int64_t>(ceil_div(shape.seqlen_q, rows)) * shape.heads * shape.batch;
+  const int query_tiles = ceil_div(shape.seqlen_q, rows);
+  const int64_t tiles = static_cast<int64_t>(query_tiles) * shape.heads * shape.batch;
   Tensor lse_log2 = new_scratch(q, tiles * rows, ScalarType::Float);
   Tensor delta = new_scratch(q, tiles * rows, ScalarType::Float);
   const int64_t accumulator_elements = tiles * rows * q.size(3);
@@ -151,6 +153,7 @@ std::tuple<Tensor, Tensor, Tensor> sm80_backward(Tensor dout, Tensor q, Tensor k
       .shape = shape,
       .window = window_of(window_left, window_right),
       .softmax_scale = static_cast<float>(softmax_scale),
+      .softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634),
       .q = view_of(q),
       .k = view_of(k),
       .v = view_of(v),
@@ -161,6 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> sm80_backward(Tensor dout, Tensor q, Tensor k
       .dv = view_of(dv),
       .lse = static_cast<const float*>(lse.data_ptr()),
       .dlse = dlse.has_value() ? static_cast<const float*>(dlse->data_ptr()) : nullptr,
+      .query_tiles = query_tiles,
       .lse_log2 = static_cast<float*>(lse_log2.data_ptr()),
       .delta = static_cast<float*>(delta.data_ptr()),
       .dq_accumulator = static_cast<float*>(dq_accumulator.data_ptr()),

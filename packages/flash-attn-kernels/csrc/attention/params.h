@@ -32,6 +32,7 @@ struct ForwardParams {
   ProblemShape shape;
   Window window;
   float softmax_scale;
+  float softmax_scale_log2;  // softmax_scale * log2(e): the kernels exponentiate in base 2
   TensorView q, k, v, out;
   float* lse;  // (B, H, Sq), natural logarithm
 };
@@ -40,9 +41,11 @@ struct BackwardParams {
   ProblemShape shape;
   Window window;
   float softmax_scale;
+  float softmax_scale_log2;  // softmax_scale * log2(e): the kernels exponentiate in base 2
   TensorView q, k, v, out, dout, dq, dk, dv;
   const float* lse;   // (B, H, Sq)
   const float* dlse;  // (B, H, Sq), or null
+  int query_tiles;    // of one head
   // Scratch, with query rows padded to whole tiles:
   float* lse_log2;        // (B, H, tiles * rows), +inf for rows that see nothing or do not exist
   float* delta;           // (B, H, tiles * rows), rowsum(dO * O) - dLSE

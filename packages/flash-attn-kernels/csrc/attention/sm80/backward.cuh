@@ -69,6 +69,18 @@ struct BackwardWork {
   }
 };
 
+// One query tile of one query head.
+struct Visit {
+  int head, tile;
+
+  __device__ __forceinline__ void advance(const QueryTiles& visible) {
+    if (++tile == visible.end) {
+      tile = visible.begin;
+      ++head;
+    }
+  }
+};
+
 // dK and dV leave through the tiles of K and V. Indices are derived anew, so that they occupy no registers during the
 // main loop.
 template <typename Element, typename Config, int kRowTiles, int kColumnTiles>
@@ -105,12 +117,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
   const ProblemShape& shape = params.shape;
 
   const BackwardWork work(params, kColumns);
-  const int batch = work.batch, kv_head = work.kv_head;
+  const int batch = work.batch;
   const int first_key = work.key_tile * kColumns;
-  const int query_tiles = ceil_div(shape.seqlen_q, kRows);
   const QueryTiles visible = visible_query_tiles(shape, params.window, first_key, kColumns, kRows);
-  const int visits_per_head = visible.end - visible.begin;
-  const int visits = visits_per_head * shape.heads_per_kv_head;
+  // Visits go through all query tiles of one head, then through the next head of the group.
+  const int end_head = (work.kv_head + 1) * shape.heads_per_kv_head;
+  Visit visit{end_head - shape.heads_per_kv_head, visible.begin};
+  if (visible.begin == visible.end) visit.head = end_head;
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int score_row = warp % Config::kScoreWarps * 16 * Config::kScoreRowTiles;
@@ -123,14 +136,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const Shared shared{ptx::shared_address(shared_memory)};
 
-  // Visit number -> query head and query tile; all tiles of one head, then the next head of the group.
-  const auto head_of = [&](int visit) { return kv_head * shape.heads_per_kv_head + visit / visits_per_head; };
-  const auto tile_of = [&](int visit) { return visible.begin + visit % visits_per_head; };
-  const auto scratch_tile = [&](int visit) {
-    return (static_cast<int64_t>(batch) * shape.heads + head_of(visit)) * query_tiles + tile_of(visit);
+  const auto scratch_tile = [&](const Visit& visit) {
+    return (static_cast<int64_t>(batch) * shape.heads + visit.head) * params.query_tiles + visit.tile;
   };
-  const auto load_queries = [&](int visit) {
-    const int head = head_of(visit), first_query = tile_of(visit) * kRows, stage = visit % kStages;
+  const auto load_queries = [&](const Visit& visit, int stage) {
+    const int head = visit.head, first_query = visit.tile * kRows;
     const int thread = ptx::thread_index();
     load_tile_async<kThreads>(shared.q(stage), matrix_of(params.q, batch, head), params.q.row_stride, first_query,
                               shape.seqlen_q, thread);
@@ -151,26 +161,27 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
   clear(dk);
   clear(dv);
 
-  if (visits > 0) {
-    load_tile_async<kThreads>(shared.k(), matrix_of(params.k, batch, kv_head), params.k.row_stride, first_key,
+  if (visit.head < end_head) {
+    load_tile_async<kThreads>(shared.k(), matrix_of(params.k, batch, work.kv_head), params.k.row_stride, first_key,
                               shape.seqlen_k, thread);
-    load_tile_async<kThreads>(shared.v(), matrix_of(params.v, batch, kv_head), params.v.row_stride, first_key,
+    load_tile_async<kThreads>(shared.v(), matrix_of(params.v, batch, work.kv_head), params.v.row_stride, first_key,
                               shape.seqlen_k, thread);
-    load_queries(0);
+    load_queries(visit, 0);
     ptx::cp_async_commit();
   }
-  const float scale_log2 = params.softmax_scale * 1.4426950408889634f;
 
-  for (int visit = 0; visit < visits; ++visit) {
-    const int stage = visit % kStages;
-    const int first_query = tile_of(visit) * kRows;
+  for (int stage = 0; visit.head < end_head; visit.advance(visible), stage = (stage + 1) % kStages) {
+    const int first_query = visit.tile * kRows;
     const LaneOffsets lanes(lane);
     ptx::cp_async_wait<0>();
     __syncthreads();  // this visit's operands are there for everybody, and nobody reads the previous visit's
-    if (kStages > 1 && visit + 1 < visits) {
-      load_queries(visit + 1);
+    const auto load_next = [&] {
+      Visit next = visit;
+      next.advance(visible);
+      if (next.head < end_head) load_queries(next, (stage + 1) % kStages);
       ptx::cp_async_commit();
-    }
+    };
+    if (kStages > 1) load_next();
 
     float scores[Config::kScoreRowTiles][Config::kScoreColumnTiles][4];
     clear(scores);
@@ -179,8 +190,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
         RowsB<typename Shared::KeyTile>{shared.k(), score_column, lanes.columns_first});
     float ds[Config::kScoreRowTiles][Config::kScoreColumnTiles][4];
     clear(ds);
-    // (Scheduling all of its depth together would spill.)
-    warp_gemm<Element, kHeadDim / 16, 4>(
+    warp_gemm<Element, kHeadDim / 16, kHeadDim / 16>(
         ds, RowsA<typename Shared::QueryTile>{shared.dout(stage), score_row, lanes.rows_first},
         RowsB<typename Shared::KeyTile>{shared.v(), score_column, lanes.columns_first});
     if (!is_clean(shape, params.window, first_query, kRows, first_key, kColumns)) {
@@ -198,7 +208,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
         for (int j = 0; j < Config::kScoreColumnTiles; ++j) {
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            scores[i][j][e] = ptx::exp2(fmaf(scores[i][j][e], scale_log2, -lse));
+            scores[i][j][e] = ptx::exp2(fmaf(scores[i][j][e], params.softmax_scale_log2, -lse));
             ds[i][j][e] = scores[i][j][e] * (ds[i][j][e] - delta);
           }
         }
@@ -238,10 +248,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
         dk, TransposedA<typename Shared::ScoreTile>{shared.ds(), key_row / 16, lanes.columns_first},
         TransposedB<typename Shared::QueryTile>{shared.q(stage), key_column / 16, lanes.rows_first});
 
-    if (kStages == 1 && visit + 1 < visits) {
-      __syncthreads();
-      load_queries(visit + 1);
-      ptx::cp_async_commit();
+    if (kStages == 1) {
+      __syncthreads();  // nobody reads this visit's operands any more
+      load_next();
     }
   }
 

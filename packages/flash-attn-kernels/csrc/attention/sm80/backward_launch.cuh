@@ -12,8 +12,7 @@ namespace flash_attn::sm80 {
 template <typename Element, typename Config>
 void launch_backward_config(const BackwardParams& params, cudaStream_t stream) {
   const ProblemShape& shape = params.shape;
-  const int64_t query_blocks =
-      static_cast<int64_t>(ceil_div(shape.seqlen_q, Config::kRows)) * shape.heads * shape.batch;
+  const int64_t query_blocks = static_cast<int64_t>(params.query_tiles) * shape.heads * shape.batch;
   const int64_t key_blocks = static_cast<int64_t>(ceil_div(shape.seqlen_k, Config::kColumns)) *
                              (shape.heads / shape.heads_per_kv_head) * shape.batch;
   constexpr int kRowBytes = Config::kRows * Config::kHeadDim * 2;

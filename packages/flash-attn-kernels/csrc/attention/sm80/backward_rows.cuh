@@ -15,11 +15,11 @@ struct QueryTileWork {
   int batch, head, first_query;
   int64_t scratch_tile;
 
-  __device__ __forceinline__ QueryTileWork(const ProblemShape& shape, int rows) {
-    const int tiles = ceil_div(shape.seqlen_q, rows);
-    first_query = static_cast<int>(blockIdx.x % tiles) * rows;
-    head = static_cast<int>(blockIdx.x / tiles) % shape.heads;
-    batch = static_cast<int>(blockIdx.x / tiles) / shape.heads;
+  __device__ __forceinline__ QueryTileWork(const BackwardParams& params, int rows) {
+    const int tiles = params.query_tiles, block = static_cast<int>(blockIdx.x);
+    first_query = block % tiles * rows;
+    head = block / tiles % params.shape.heads;
+    batch = block / tiles / params.shape.heads;
     scratch_tile = blockIdx.x;
   }
 };
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   constexpr int kLanesPerRow = Config::kHeadDim / kChunkElements;
   constexpr int kRowsPerPass = Config::kThreads / kLanesPerRow;
   const ProblemShape& shape = params.shape;
-  const QueryTileWork work(shape, Config::kRows);
+  const QueryTileWork work(params, Config::kRows);
   const int chunk = threadIdx.x % kLanesPerRow;
   const uint16_t* out = matrix_of(params.out, work.batch, work.head) + chunk * kChunkElements;
   const uint16_t* dout = matrix_of(params.dout, work.batch, work.head) + chunk * kChunkElements;
@@ -72,7 +72,7 @@ template <typename Element, typename Config>
 __global__ void __launch_bounds__(Config::kThreads) backward_dq_kernel(const __grid_constant__ BackwardParams params) {
   using QueryTile = SharedTile<Config::kRows, Config::kHeadDim>;
   const ProblemShape& shape = params.shape;
-  const QueryTileWork work(shape, Config::kRows);
+  const QueryTileWork work(params, Config::kRows);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 
   extern __shared__ __align__(1024) uint8_t shared_memory[];

@@ -87,7 +87,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
   float out[Config::kRowTiles][kOutTiles][4];
   clear(out);
   OnlineSoftmax<Config::kRowTiles> softmax;
-  const float scale_log2 = params.softmax_scale * 1.4426950408889634f;
 
   if (range.begin < range.end) {
     load_tile_async<Config::kThreads>(q_tile, q, params.q.row_stride, work.first_query, shape.seqlen_q,
@@ -119,7 +118,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
       mask_scores(scores, shape, params.window, work.first_query + warp_row + lane / 4,
                   n * Config::kColumns + 2 * (lane % 4));
     }
-    softmax.template update<kMasked>(scores, out, scale_log2);
+    softmax.template update<kMasked>(scores, out, params.softmax_scale_log2);
     constexpr int kKeyTiles = Config::kColumns / 16;
     warp_gemm<Element, kKeyTiles, kKeyTiles>(out, RegistersA<Element, Config::kRowTiles, kScoreTiles>{scores},
                                              TransposedB<KeyTile>{v_tile, 0, lanes.rows_first});

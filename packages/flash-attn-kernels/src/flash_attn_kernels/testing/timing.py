@@ -14,6 +14,9 @@ from typing import Any
 import torch
 
 
+_SPIN_CYCLES = 900_000  # about half a millisecond at the clocks of today's GPUs
+
+
 @dataclass(frozen=True)
 class Timing:
     """Median and 20th/80th percentile of one contestant, in microseconds."""
@@ -32,8 +35,9 @@ def interleaved_times(
 ) -> dict[str, Timing]:
     """Time every contestant in turn, round after round, so that clocks and heat drift alike for all.
 
-    A sample is as many back-to-back calls as fill ``min_sample_us``, between two CUDA events, after a short device
-    spin that lets the host run ahead; so launch gaps count only where the host cannot keep up.
+    A sample is as many back-to-back calls as fill ``min_sample_us``, between two CUDA events, behind a spin of half a
+    millisecond on the device that lets the host run ahead: this measures the device, and the host only where it
+    cannot keep up for the whole sample.
     """
     repeats: dict[str, int] = {}
     for name, call in contestants.items():
@@ -52,7 +56,7 @@ def interleaved_times(
 
 def _sample_us(call: Callable[[], object], repeats: int) -> float:
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(50_000)
+    torch.cuda._sleep(_SPIN_CYCLES)
     start.record()
     for _ in range(repeats):
         call()
