@@ -93,14 +93,12 @@ def given_for(case: Case, device: str) -> Given:
 
 def plain(case: Case, given: Given, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Each pair as a 2 x 2 matrix times a vector, in ``dtype``."""
-    identity = torch.ones_like(given.cos[0]), torch.zeros_like(given.cos[0])
-    tables = [
-        torch.stack([
-            torch.stack([identity[which] if p is None else table[p] for p in row]) for row in given.positions
-        ]).to(dtype)[:, :, None]
-        for which, table in enumerate((given.cos, given.sin))
-    ]  # fmt: skip
-    cos, sin = tables
+    outside = len(given.cos)  # the row behind the table: the identity
+    row = torch.tensor(
+        [[outside if p is None else p for p in row] for row in given.positions], device=x.device
+    )
+    cos = torch.cat([given.cos, torch.ones_like(given.cos[:1])]).to(dtype)[row][:, :, None]
+    sin = torch.cat([given.sin, torch.zeros_like(given.sin[:1])]).to(dtype)[row][:, :, None]
     batched = x.to(dtype).reshape(len(given.positions), -1, case.heads, case.head_dim)
     half = case.rotary_dim // 2
     index = torch.arange(half, device=x.device)
