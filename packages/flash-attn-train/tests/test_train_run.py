@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -170,20 +171,24 @@ def test_truncated_checkpoint_is_not_resumed_from(small_config: Callable[..., Tr
         train(small_config(resume="auto"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_says_how_to_continue(
     small_config: Callable[..., TrainConfig],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
 ) -> None:
     class Interrupting(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
-            if trainer.global_step == 5:
-                raise KeyboardInterrupt
+            if trainer.global_step == 4:
+                signal.raise_signal(number)
 
     monkeypatch.setattr("flash_attn_train.trainer.FinalValidation", Interrupting)
     with pytest.raises(SystemExit):
         train(small_config())
-    assert "interrupted at step 5; resume=true continues from" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "interrupted at step" in printed and "resume=true continues from" in printed
+    assert "step 6/6" not in printed
 
 
 def test_progress_bar_on_a_terminal(
@@ -253,7 +258,7 @@ def test_short_quickstart(tmp_path: Path, standard_library_cache: Path) -> None:
         "tokens/s",
         "checkpoints",
         "loss.png",
-        "    def ",
+        "\n    def",
     ):
         assert part in done.stdout
     assert (tmp_path / "runs/quickstart/loss.png").exists()

@@ -19,7 +19,7 @@ from flash_attn_train.configs.presets import MODELS, PRESETS
 from flash_attn_train.errors import ConfigError, UserError
 
 _GROUPS = {"preset": PRESETS, "model": MODELS}
-_DEFAULT_GROUPS = {"model": "gpt2", "preset": "quickstart"}
+_DEFAULT_GROUPS = {"model": "llama", "preset": "quickstart"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
             return 0
-        from flash_attn_train.run import train  # imports torch: not needed for the above
+        print(f"flash-attn-train {__version__}", flush=True)  # before the wait for torch to load
+        from flash_attn_train.run import train
 
         train(config)
     except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -12,7 +13,8 @@ T = TypeVar("T")
 
 
 def is_terminal() -> bool:
-    return sys.stdout.isatty()
+    """Whether a progress bar can be drawn. Some pseudo-terminals have no size; no bar would show there."""
+    return sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).lines > 0
 
 
 def say(text: str) -> None:

@@ -80,6 +80,7 @@ class RunResult:
 def draw_loss_curve(metrics: Path, picture: Path, *, title: str) -> None:
     """Training and validation loss over steps, from a metrics file, as PNG."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
+    from matplotlib.ticker import MaxNLocator
 
     rows = read_metrics(metrics)
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -89,6 +90,7 @@ def draw_loss_curve(metrics: Path, picture: Path, *, title: str) -> None:
         points = [(row["step"], row[column]) for row in rows if column in row]
         axes.plot(*zip(*points, strict=True), linestyle=line, marker=marker, linewidth=width, label=label)
     axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     image = io.BytesIO()

@@ -13,7 +13,6 @@ from typing import Any
 import pytorch_lightning as pl
 from flash_attn_models.gpt import GPTConfig
 
-from flash_attn_train import __version__
 from flash_attn_train.atomic import atomic_write
 from flash_attn_train.callbacks import Metrics
 from flash_attn_train.checkpoints import check_same_config, check_same_data, read_checkpoint
@@ -43,7 +42,7 @@ def train(config: TrainConfig) -> RunResult:
     check_config(config)
     config = resolve(config)
     folder, checkpoint = choose_run_folder(config)
-    say(f"flash-attn-train {__version__}, run folder {folder.path}")
+    say(f"run folder {folder.path}")
     first_step = 0
     if checkpoint is not None:
         saved = read_checkpoint(checkpoint)

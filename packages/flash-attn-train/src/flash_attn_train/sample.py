@@ -21,7 +21,7 @@ def write_sample(
     An empty prompt starts a text of its own. Of a prompt longer than half of the context, the end is used.
     """
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-    ids = [end_of_text, *tokenizer.encode(prompt).ids]  # every text but the first follows an end
+    ids = tokenizer.encode(prompt).ids or [end_of_text]  # a text of its own follows the end of another
     context = model.config.max_seqlen
     ids = ids[-max(1, context // 2) :]
     max_new_tokens = min(config.max_new_tokens, context - len(ids))

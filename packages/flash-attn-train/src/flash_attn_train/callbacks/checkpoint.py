@@ -89,7 +89,8 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        if isinstance(exception, KeyboardInterrupt) and self.last.exists():
+        # SIGTERM arrives as a SystemExit.
+        if isinstance(exception, (KeyboardInterrupt, SystemExit)) and self.last.exists():
             say(f"interrupted at step {trainer.global_step}; resume=true continues from {self.last}")
 
     def _is_due(self, trainer: pl.Trainer) -> bool:

@@ -30,7 +30,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Architectures: `model=NAME`. Sizes are left to the preset and to the user.
 MODELS: dict[str, dict[str, Any]] = {
-    "gpt2": {},
     "llama": {
         "activation": "swiglu",
         "norm": "rms_norm",
@@ -39,5 +38,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "out_bias": False,
         "mlp_bias": False,
         "tie_embeddings": False,
+    },
+    "gpt2": {
+        "activation": "gelu_tanh",
+        "norm": "layer_norm",
+        "position": "learned",
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+        "tie_embeddings": True,
     },
 }
