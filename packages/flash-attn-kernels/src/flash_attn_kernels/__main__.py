@@ -23,7 +23,8 @@ def main() -> int:
         cases += [("cuda", torch.float16), ("cuda", torch.bfloat16), ("cuda", torch.float32)]
     else:
         print("device: cpu (torch sees no NVIDIA GPU)")
-    return 0 if all([_check(device, dtype) for device, dtype in cases]) else 1
+    results = [_check(device, dtype) for device, dtype in cases]
+    return 0 if all(results) else 1
 
 
 def _check(device: str, dtype: torch.dtype) -> bool:
@@ -55,7 +56,9 @@ def _check(device: str, dtype: torch.dtype) -> bool:
     allowed = [3 * (p - e).abs().max().item() + 1e-5 for p, e in zip(plain, exact, strict=True)]
     passed = all(error <= bound for error, bound in zip(errors, allowed, strict=True))
     shown = ", ".join(f"{n} {e:.1e}" for n, e in zip(("out", "dq", "dk", "dv"), errors, strict=True))
-    print(f"{'ok  ' if passed else 'FAIL'} {device} {dtype} ({explain(q, k, v, causal=True).path}): errors {shown}")
+    print(
+        f"{'ok  ' if passed else 'FAIL'} {device} {dtype} ({explain(q, k, v, causal=True).path}): errors {shown}"
+    )
     return passed
 
 

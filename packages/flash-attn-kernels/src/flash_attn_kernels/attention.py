@@ -18,6 +18,7 @@ from .errors import bad_argument
 from .inputs import AttentionInputs, PackedLayout
 from .options import AttentionOptions, make_options
 from .philox import draw_seed_and_offset
+from .tracing import constant_under_compile
 
 _PATHS = {"sm80": sm80, "portable": portable}
 
@@ -329,7 +330,7 @@ def _choose_path(inputs: AttentionInputs, strict: bool) -> str:
 # torch.compile asks these once, while tracing, and treats the answers as constants.
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def _compute_capability(device_index: int | None) -> tuple[int, int] | None:
     """None where there is no such device to ask, as under FakeTensor on a machine without a GPU."""
     return _cached_compute_capability(device_index)
@@ -340,7 +341,7 @@ def _cached_compute_capability(device_index: int | None) -> tuple[int, int] | No
     return torch.cuda.get_device_capability(device_index) if torch.cuda.is_available() else None
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def _warn_once(reasons: str) -> None:
     if reasons not in _warned_reasons:
         _warned_reasons.add(reasons)

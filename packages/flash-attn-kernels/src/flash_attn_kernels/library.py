@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .tracing import constant_under_compile
+
 LIBRARY_PATH = Path(__file__).parent / "lib" / "libflash_attn_kernels.so"
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def load_error() -> str | None:
     """Load the library once; None when its operators are there, otherwise the reason why not."""
     return _load()

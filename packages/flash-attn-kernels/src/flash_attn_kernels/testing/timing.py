@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-
 _SPIN_CYCLES = 900_000  # about half a millisecond at the clocks of today's GPUs
 
 
