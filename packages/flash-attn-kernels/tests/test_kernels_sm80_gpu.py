@@ -242,6 +242,19 @@ def test_side_stream_and_graph_replay() -> None:
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_operators_pass_torch_checks(causal: bool) -> None:
+    """Schemas, fakes and tracing with symbolic sizes, as torch.library.opcheck defines them."""
+    q, k, v = random_inputs(2, 33, 70, 4, 2, 64, torch.bfloat16)
+    operators = torch.ops.flash_attn_kernels
+    scale_and_window = (0.125, -1, 0 if causal else -1)
+    out, lse = operators.sm80_forward(q, k, v, *scale_and_window)
+    torch.library.opcheck(operators.sm80_forward.default, (q, k, v, *scale_and_window))
+    for dlse in (None, torch.randn_like(lse)):
+        arguments = (torch.randn_like(out), q, k, v, out, lse, dlse, *scale_and_window, True)
+        torch.library.opcheck(operators.sm80_backward.default, arguments)
+
+
 def test_compiles_without_graph_breaks() -> None:
     q, k, v = (x.requires_grad_() for x in random_inputs(2, 128, 128, 4, 2, 64, torch.bfloat16))
     compiled = torch.compile(lambda q, k, v: flash_attn_func(q, k, v, causal=True), fullgraph=True)
