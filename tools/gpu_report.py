@@ -130,18 +130,24 @@ def build_library(out: Path, timeout: float) -> bool:
     return status == "ok"
 
 
-def run_tests(
-    package: Package, out: Path, environment: dict[str, str], arguments: argparse.Namespace
-) -> Outcome:
+def missing_requirement(package: Package, environment: dict[str, str]) -> str | None:
+    """Why the package cannot run here, if so: its self-test module imports all that it needs."""
     probe = subprocess.run(
-        [sys.executable, "-c", f"import {package.module}"],
+        [sys.executable, "-c", f"import {package.module}.__main__"],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    if probe.returncode != 0:
-        return Outcome("tests", package.layer, "unavailable", 0.0, probe.stderr.strip().splitlines()[-1])
+    return probe.stderr.strip().splitlines()[-1] if probe.returncode != 0 else None
+
+
+def run_tests(
+    package: Package, out: Path, environment: dict[str, str], arguments: argparse.Namespace
+) -> Outcome:
+    missing = missing_requirement(package, environment)
+    if missing is not None:
+        return Outcome("tests", package.layer, "unavailable", 0.0, missing)
     junit = out / f"tests-{package.layer}.xml"
     junit.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", str(package.folder / "tests"), "-m", "gpu", "-q", "-ra"]
@@ -162,6 +168,9 @@ def run_benchmark(
     package: Package, script: Path, out: Path, environment: dict[str, str], arguments: argparse.Namespace
 ) -> Outcome:
     name = script.stem.removeprefix("bench_")
+    missing = missing_requirement(package, environment)
+    if missing is not None:
+        return Outcome("benchmark", name, "unavailable", 0.0, missing)
     result = out / f"{package.layer}-{name}.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, str(script), "--json", str(result)] + ["--quick"] * arguments.quick

@@ -22,6 +22,7 @@ def package(tmp_path: Path) -> Package:
     package = Package("ops", tmp_path)
     package.init_file.parent.mkdir(parents=True)
     package.init_file.write_text("")
+    package.init_file.with_name("__main__.py").write_text("")
     (package.folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n")
     for folder in ("tests", "benchmarks"):
         (package.folder / folder).mkdir()
