@@ -67,6 +67,20 @@ Window window_of(int64_t left, int64_t right) {
   return {side(left), side(right)};
 }
 
+AttentionParams attention_params(const ProblemShape& shape, const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const Tensor& out, double softmax_scale, int64_t window_left, int64_t window_right) {
+  return {
+      .shape = shape,
+      .window = window_of(window_left, window_right),
+      .softmax_scale = static_cast<float>(softmax_scale),
+      .softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634),
+      .q = view_of(q),
+      .k = view_of(k),
+      .v = view_of(v),
+      .out = view_of(out),
+  };
+}
+
 Tensor new_scratch(const Tensor& like, int64_t elements, ScalarType dtype) {
   return torch::stable::new_empty(like, {elements}, dtype);
 }
@@ -105,15 +119,8 @@ std::tuple<Tensor, Tensor> sm80_forward(Tensor q, Tensor k, Tensor v, double sof
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   const ForwardParams params{
-      .shape = shape,
-      .window = window_of(window_left, window_right),
-      .softmax_scale = static_cast<float>(softmax_scale),
-      .softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634),
-      .q = view_of(q),
-      .k = view_of(k),
-      .v = view_of(v),
-      .out = view_of(out),
-      .lse = static_cast<float*>(lse.data_ptr()),
+      attention_params(shape, q, k, v, out, softmax_scale, window_left, window_right),
+      static_cast<float*>(lse.data_ptr()),
   };
   for_type_and_head_dim<Forward>(q, params, current_stream(q));
   return {out, lse};
@@ -150,25 +157,18 @@ std::tuple<Tensor, Tensor, Tensor> sm80_backward(Tensor dout, Tensor q, Tensor k
   if (deterministic) FLASH_ATTN_CUDA_CHECK(cudaMemsetAsync(dq_turn.data_ptr(), 0, tiles * sizeof(int), stream));
 
   const BackwardParams params{
-      .shape = shape,
-      .window = window_of(window_left, window_right),
-      .softmax_scale = static_cast<float>(softmax_scale),
-      .softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634),
-      .q = view_of(q),
-      .k = view_of(k),
-      .v = view_of(v),
-      .out = view_of(out),
-      .dout = view_of(dout),
-      .dq = view_of(dq),
-      .dk = view_of(dk),
-      .dv = view_of(dv),
-      .lse = static_cast<const float*>(lse.data_ptr()),
-      .dlse = dlse.has_value() ? static_cast<const float*>(dlse->data_ptr()) : nullptr,
-      .query_tiles = query_tiles,
-      .lse_log2 = static_cast<float*>(lse_log2.data_ptr()),
-      .delta = static_cast<float*>(delta.data_ptr()),
-      .dq_accumulator = static_cast<float*>(dq_accumulator.data_ptr()),
-      .dq_turn = deterministic ? static_cast<int*>(dq_turn.data_ptr()) : nullptr,
+      attention_params(shape, q, k, v, out, softmax_scale, window_left, window_right),
+      /*dout=*/view_of(dout),
+      /*dq=*/view_of(dq),
+      /*dk=*/view_of(dk),
+      /*dv=*/view_of(dv),
+      /*lse=*/static_cast<const float*>(lse.data_ptr()),
+      /*dlse=*/dlse.has_value() ? static_cast<const float*>(dlse->data_ptr()) : nullptr,
+      /*query_tiles=*/query_tiles,
+      /*lse_log2=*/static_cast<float*>(lse_log2.data_ptr()),
+      /*delta=*/static_cast<float*>(delta.data_ptr()),
+      /*dq_accumulator=*/static_cast<float*>(dq_accumulator.data_ptr()),
+      /*dq_turn=*/deterministic ? static_cast<int*>(dq_turn.data_ptr()) : nullptr,
   };
   for_type_and_head_dim<Backward>(q, params, shared_bytes, stream);
   return {dq, dk, dv};

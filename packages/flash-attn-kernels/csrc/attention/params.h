@@ -28,21 +28,20 @@ struct Window {
   int right;
 };
 
-struct ForwardParams {
+struct AttentionParams {
   ProblemShape shape;
   Window window;
   float softmax_scale;
   float softmax_scale_log2;  // softmax_scale * log2(e): the kernels exponentiate in base 2
   TensorView q, k, v, out;
+};
+
+struct ForwardParams : AttentionParams {
   float* lse;  // (B, H, Sq), natural logarithm
 };
 
-struct BackwardParams {
-  ProblemShape shape;
-  Window window;
-  float softmax_scale;
-  float softmax_scale_log2;  // softmax_scale * log2(e): the kernels exponentiate in base 2
-  TensorView q, k, v, out, dout, dq, dk, dv;
+struct BackwardParams : AttentionParams {
+  TensorView dout, dq, dk, dv;
   const float* lse;   // (B, H, Sq)
   const float* dlse;  // (B, H, Sq), or null
   int query_tiles;    // of one head

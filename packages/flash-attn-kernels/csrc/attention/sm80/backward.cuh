@@ -185,14 +185,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
 
     float scores[Config::kScoreRowTiles][Config::kScoreColumnTiles][4];
     clear(scores);
-    warp_gemm<Element, kHeadDim / 16, kHeadDim / 16>(
-        scores, RowsA<typename Shared::QueryTile>{shared.q(stage), score_row, lanes.rows_first},
-        RowsB<typename Shared::KeyTile>{shared.k(), score_column, lanes.columns_first});
+    warp_gemm<Element, kHeadDim / 16, kHeadDim / 16>(scores, RowOperand{shared.q(stage), score_row, lanes.rows_first},
+                                                     RowOperand{shared.k(), score_column, lanes.columns_first});
     float ds[Config::kScoreRowTiles][Config::kScoreColumnTiles][4];
     clear(ds);
-    warp_gemm<Element, kHeadDim / 16, kHeadDim / 16>(
-        ds, RowsA<typename Shared::QueryTile>{shared.dout(stage), score_row, lanes.rows_first},
-        RowsB<typename Shared::KeyTile>{shared.v(), score_column, lanes.columns_first});
+    warp_gemm<Element, kHeadDim / 16, kHeadDim / 16>(ds, RowOperand{shared.dout(stage), score_row, lanes.rows_first},
+                                                     RowOperand{shared.v(), score_column, lanes.columns_first});
     if (!is_clean(shape, params.window, first_query, kRows, first_key, kColumns)) {
       mask_scores(scores, shape, params.window, first_query + score_row + lane / 4,
                   first_key + score_column + 2 * (lane % 4));
@@ -219,14 +217,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
     __syncthreads();  // P and dS are complete
 
     warp_gemm<Element, kRows / 16, kRows / 16>(
-        dv, TransposedA<typename Shared::ScoreTile>{shared.p(), key_row / 16, lanes.columns_first},
-        TransposedB<typename Shared::QueryTile>{shared.dout(stage), key_column / 16, lanes.rows_first});
+        dv, TransposedOperand{shared.p(), key_row / 16, lanes.columns_first},
+        TransposedOperand{shared.dout(stage), key_column / 16, lanes.rows_first});
     {
       float dq[Config::kQueryRowTiles][Config::kQueryColumnTiles][4];
       clear(dq);
       warp_gemm<Element, kColumns / 16, kColumns / 16>(
-          dq, RowsA<typename Shared::ScoreTile>{shared.ds(), query_row, lanes.rows_first},
-          TransposedB<typename Shared::KeyTile>{shared.k(), query_column / 16, lanes.rows_first});
+          dq, RowOperand{shared.ds(), query_row, lanes.rows_first},
+          TransposedOperand{shared.k(), query_column / 16, lanes.rows_first});
       float* accumulator = params.dq_accumulator + scratch_tile(visit) * (kRows * kHeadDim);
       if (params.dq_turn == nullptr) {
         add_to_accumulator<kThreads>(accumulator, dq, thread);
@@ -244,9 +242,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
         if (thread == 0) ptx::add_release(turn, 1);
       }
     }
-    warp_gemm<Element, kRows / 16, kRows / 16>(
-        dk, TransposedA<typename Shared::ScoreTile>{shared.ds(), key_row / 16, lanes.columns_first},
-        TransposedB<typename Shared::QueryTile>{shared.q(stage), key_column / 16, lanes.rows_first});
+    warp_gemm<Element, kRows / 16, kRows / 16>(dk, TransposedOperand{shared.ds(), key_row / 16, lanes.columns_first},
+                                               TransposedOperand{shared.q(stage), key_column / 16, lanes.rows_first});
 
     if (kStages == 1) {
       __syncthreads();  // nobody reads this visit's operands any more

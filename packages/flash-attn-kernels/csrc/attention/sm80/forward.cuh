@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
     const LaneOffsets lanes(lane);
     float scores[Config::kRowTiles][kScoreTiles][4];
     clear(scores);
-    warp_gemm<Element, kDepthTiles, Config::kScoreUnroll>(scores, RowsA<QueryTile>{q_tile, warp_row, lanes.rows_first},
-                                                          RowsB<KeyTile>{k_tile, 0, lanes.columns_first});
+    warp_gemm<Element, kDepthTiles, Config::kScoreUnroll>(scores, RowOperand{q_tile, warp_row, lanes.rows_first},
+                                                          RowOperand{k_tile, 0, lanes.columns_first});
 
     ptx::cp_async_wait<0>();
     __syncthreads();  // V[n] is there for everybody, and nobody reads K[n] any more
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
     }
     softmax.template update<kMasked>(scores, out, params.softmax_scale_log2);
     constexpr int kKeyTiles = Config::kColumns / 16;
-    warp_gemm<Element, kKeyTiles, kKeyTiles>(out, RegistersA<Element, Config::kRowTiles, kScoreTiles>{scores},
-                                             TransposedB<KeyTile>{v_tile, 0, lanes.rows_first});
+    warp_gemm<Element, kKeyTiles, kKeyTiles>(out, RegisterOperand<Element, Config::kRowTiles, kScoreTiles>{scores},
+                                             TransposedOperand{v_tile, 0, lanes.rows_first});
   };
   int n = range.end - 1;
   for (; n >= range.clean_end; --n) step.template operator()<true>(n);

@@ -8,33 +8,37 @@
 
 namespace flash_attn::sm80 {
 
-// Operand A of 16 x 16 blocks (i, k) from a row-major tile [m][k]: rows start at `row`.
+// Operands in shared memory deliver 16 x 16 blocks (i, k): rows (of A) or columns (of B) 16 i ..., depth 16 k .... The
+// lane offset says in which order the block's four 8 x 8 matrices arrive, see LaneOffsets; that is all in which A and
+// B differ.
+
+// From a tile that stores [m][k] for A, [n][k] for B: m or n starts at `row`.
 template <typename Tile>
-struct RowsA {
+struct RowOperand {
   Tile tile;
   int row;
-  uint32_t lane_offset;  // LaneOffsets::rows_first
+  uint32_t lane_offset;  // rows_first for A, columns_first for B
 
-  __device__ __forceinline__ void load(uint32_t (&a)[4], int i, int k) const {
-    ptx::ldmatrix_x4<false>(a, tile.block_address(row + 16 * i, k, lane_offset));
+  __device__ __forceinline__ void load(uint32_t (&fragment)[4], int i, int k) const {
+    ptx::ldmatrix_x4<false>(fragment, tile.block_address(row + 16 * i, k, lane_offset));
   }
 };
 
-// Operand A from a tile that stores its transpose [k][m]: m starts at 16 * column16.
+// From a tile that stores the transpose, [k][m] for A, [k][n] for B: m or n starts at 16 * column16.
 template <typename Tile>
-struct TransposedA {
+struct TransposedOperand {
   Tile tile;
   int column16;
-  uint32_t lane_offset;  // LaneOffsets::columns_first
+  uint32_t lane_offset;  // columns_first for A, rows_first for B
 
-  __device__ __forceinline__ void load(uint32_t (&a)[4], int i, int k) const {
-    ptx::ldmatrix_x4<true>(a, tile.block_address(16 * k, column16 + i, lane_offset));
+  __device__ __forceinline__ void load(uint32_t (&fragment)[4], int i, int k) const {
+    ptx::ldmatrix_x4<true>(fragment, tile.block_address(16 * k, column16 + i, lane_offset));
   }
 };
 
 // Operand A rounded from the accumulators of an earlier product: two 8-column tiles are one 16 x 16 block.
 template <typename Element, int kRowTiles, int kColumnTiles>
-struct RegistersA {
+struct RegisterOperand {
   const float (&fragments)[kRowTiles][kColumnTiles][4];
 
   __device__ __forceinline__ void load(uint32_t (&a)[4], int i, int k) const {
@@ -44,30 +48,6 @@ struct RegistersA {
     a[1] = ptx::pack<Element>(left[2], left[3]);
     a[2] = ptx::pack<Element>(right[0], right[1]);
     a[3] = ptx::pack<Element>(right[2], right[3]);
-  }
-};
-
-// Operand B, 16 columns (two n8 tiles) of 16 deep blocks (j, k), from a tile [n][k]: n starts at `row`.
-template <typename Tile>
-struct RowsB {
-  Tile tile;
-  int row;
-  uint32_t lane_offset;  // LaneOffsets::columns_first
-
-  __device__ __forceinline__ void load(uint32_t (&b)[4], int j, int k) const {
-    ptx::ldmatrix_x4<false>(b, tile.block_address(row + 16 * j, k, lane_offset));
-  }
-};
-
-// Operand B from a tile [k][n]: n starts at 16 * column16.
-template <typename Tile>
-struct TransposedB {
-  Tile tile;
-  int column16;
-  uint32_t lane_offset;  // LaneOffsets::rows_first
-
-  __device__ __forceinline__ void load(uint32_t (&b)[4], int j, int k) const {
-    ptx::ldmatrix_x4<true>(b, tile.block_address(16 * k, column16 + j, lane_offset));
   }
 };
 
