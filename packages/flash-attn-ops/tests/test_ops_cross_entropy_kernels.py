@@ -215,15 +215,38 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert torch.equal(logits.grad[-12:], tail.grad)
 
 
-def test_compiles_to_one_graph() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_compiles_to_one_graph(reduction: str, device: str) -> None:
     def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(logits * 2, labels, label_smoothing=0.1, inplace_backward=True)
+        return cross_entropy(
+            logits * 2, labels, label_smoothing=0.1, reduction=reduction, inplace_backward=True
+        )
 
     compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (5, 12):
-        leaf = torch.randn(rows, 1000, device="cuda", requires_grad=True)
+        leaf = torch.randn(rows, 1000, device=device, requires_grad=True)
         copy = leaf.detach().clone().requires_grad_()
-        labels = torch.randint(0, 1000, (rows,), device="cuda")
-        compiled(leaf, labels).backward()
-        loss_of(copy, labels).backward()
+        labels = torch.randint(0, 1000, (rows,), device=device)
+        labels[1] = -100
+        out, expected = compiled(leaf, labels), loss_of(copy, labels)
+        torch.testing.assert_close(out, expected)
+        seed = torch.randn_like(out)
+        out.backward(seed)
+        expected.backward(seed)
         torch.testing.assert_close(leaf.grad, copy.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_operators_keep_their_word(reduced: bool, device: str) -> None:
+    """Schema and fake describe what the launchers do; rows are strided."""
+    logits = torch.randn(5, 120, device=device)[:, :100]
+    labels = torch.randint(0, 100, (5,), device=device)
+    options = (0.1, 2.0, 1e-3, -100)
+    operators = torch.ops.flash_attn_ops
+    torch.library.opcheck(operators.cross_entropy_forward.default, (logits, labels, *options))
+    _, lse = operators.cross_entropy_forward(logits, labels, *options)
+    d_loss, divisor = torch.ones(5, device=device), None
+    if reduced:
+        d_loss, divisor = d_loss[0], torch.tensor(5, device=device)
+    args = (logits, labels, lse, d_loss, divisor, *options)
+    torch.library.opcheck(operators.cross_entropy_backward.default, args)

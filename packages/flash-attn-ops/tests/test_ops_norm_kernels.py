@@ -262,21 +262,47 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert torch.equal(x.grad[-40:], tail.grad)
 
 
-def test_compiles_to_one_graph() -> None:
-    """With every combination of outputs: the sum returned, stored, neither."""
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm], ids=lambda norm: norm.__name__)
+def test_compiles_to_one_graph(norm, device: str) -> None:
+    """With every combination of outputs: the sum returned, stored, neither; gradients of one dtype and of two."""
 
-    def block(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
-        out, total = rms_norm(x * 2, weight, residual=residual, prenorm=True)
-        out = layer_norm(out, weight, weight, residual=residual)
-        return rms_norm(out, weight) + total
+    def block(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        out, total = norm(x * 2, weight, bias, residual=residual, prenorm=True)
+        out = norm(out, weight, residual=residual.half())
+        return (norm(out, weight, bias) + total).square()
 
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (33, 100):
-        leaves = [
-            torch.randn(shape, device="cuda", requires_grad=True) for shape in ((rows, 256), (rows, 256), 256)
-        ]
+        shapes = ((3, rows, 256), (3, rows, 256), (256,), (256,))
+        leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
         copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-        compiled(*leaves).sum().backward()
-        block(*copies).sum().backward()
+        out, expected = compiled(*leaves), block(*copies)
+        torch.testing.assert_close(out, expected)
+        out.sum().backward()
+        expected.sum().backward()
         for leaf, copy in zip(leaves, copies, strict=True):
             torch.testing.assert_close(leaf.grad, copy.grad, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*leaves), expected)
+
+
+@pytest.mark.parametrize("is_rms", [False, True])
+@pytest.mark.parametrize("present", [False, True])
+def test_operators_keep_their_word(is_rms: bool, present: bool, device: str) -> None:
+    """Schema and fake describe what the launchers do, with all optional tensors or none, dense or strided."""
+    x = torch.randn(5, 3, 32, device=device).to(FP16).transpose(0, 1)
+    weight, bias = torch.randn(2, 64, device=device)[:, ::2]
+    residual = torch.randn(3, 5, 32, device=device) if present else None
+    sum_dtype = FP32 if present else FP16
+    norm_forward, norm_backward = (
+        torch.ops.flash_attn_ops.norm_forward,
+        torch.ops.flash_attn_ops.norm_backward,
+    )
+    args = (x, weight, bias if present else None, residual, 1e-5, is_rms, sum_dtype, present, True)
+    torch.library.opcheck(norm_forward.default, args)
+    torch.library.opcheck(norm_forward.default, (*args[:-1], False))
+    _, total, mean, rstd = norm_forward(*args)
+    total = total if present else x
+    mean = None if is_rms else mean
+    args = (x, residual, total, weight, mean, rstd, is_rms, FP16)
+    torch.library.opcheck(norm_backward.default, (*args, *((FP32, FP32) if present else (None, None))))

@@ -237,18 +237,71 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert torch.equal(out[-30:], tail)
 
 
-def test_compiles_to_one_graph() -> None:
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("offset_type", [int, Tensor], ids=lambda offset_type: offset_type.__name__)
+def test_compiles_to_one_graph(offset_type: type, inplace: bool, device: str) -> None:
+    cos, sin = RotaryEmbedding(64).tables(128, torch.device(device))
+
+    def block(q: Tensor, k: Tensor, offset: int | Tensor) -> Tensor:
+        q = apply_rotary_emb(q * 2, cos, sin, inplace=inplace, seqlen_offsets=offset)
+        k = apply_rotary_emb(k, cos[:, :8], sin[:, :8], interleaved=True, seqlen_offsets=offset)
+        return q * k
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seqlen in (7, 40):
+        leaves = [torch.randn(2, seqlen, 3, 64, device=device, requires_grad=True) for _ in range(2)]
+        copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        offset = seqlen + 3
+        if offset_type is Tensor:
+            offset = torch.tensor([offset, 5], device=device)
+        out, expected = compiled(*leaves, offset), block(*copies, offset)
+        torch.testing.assert_close(out, expected)
+        out.sum().backward()
+        expected.sum().backward()
+        for leaf, copy in zip(leaves, copies, strict=True):
+            torch.testing.assert_close(leaf.grad, copy.grad, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*leaves, offset), expected)
+
+
+def test_module_compiles_to_one_graph(device: str) -> None:
+    """The table is made while tracing."""
     rotary = RotaryEmbedding(64)
 
     def block(q: Tensor, k: Tensor) -> Tensor:
         q, k = rotary(q * 2, k)
-        return (q * k).sum()
+        return q * k
 
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
     for seqlen in (7, 40):
-        leaves = [torch.randn(2, seqlen, 3, 64, device="cuda", requires_grad=True) for _ in range(2)]
+        leaves = [torch.randn(2, seqlen, 3, 64, device=device, requires_grad=True) for _ in range(2)]
         copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-        compiled(*leaves).backward()
-        block(*copies).backward()
+        compiled(*leaves).sum().backward()
+        block(*copies).sum().backward()
         for leaf, copy in zip(leaves, copies, strict=True):
             torch.testing.assert_close(leaf.grad, copy.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_in_place_overwrites_the_input(device: str) -> None:
+    cos, sin = RotaryEmbedding(16).tables(9, torch.device(device))
+
+    def rotate_in_place(x: Tensor) -> Tensor:
+        return apply_rotary_emb(x, cos, sin, inplace=True)
+
+    x = torch.randn(2, 9, 3, 16, device=device)
+    expected = apply_rotary_emb(x, cos, sin)
+    torch.compile(rotate_in_place, fullgraph=True, dynamic=True, backend="aot_eager")(x)
+    torch.testing.assert_close(x, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["rotate", "rotate_"])
+def test_operators_keep_their_word(name: str, packed: bool, device: str) -> None:
+    """Schema and fake describe what the launchers do; x is strided."""
+    cos, sin = RotaryEmbedding(16).tables(9, torch.device(device))
+    x = torch.randn(9, 2, 3, 40, device=device).transpose(0, 1)[..., :24]
+    offsets, cu_seqlens = torch.zeros(2, dtype=torch.int32, device=device), None
+    if packed:
+        x, offsets, cu_seqlens = x[0], None, torch.tensor([0, 5, 9], device=device)
+    operator = getattr(torch.ops.flash_attn_ops, name).default
+    torch.library.opcheck(operator, (x, cos, sin, offsets, 0, cu_seqlens, False, False))

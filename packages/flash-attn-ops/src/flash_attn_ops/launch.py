@@ -1,4 +1,4 @@
-"""What the launchers of kernels share. All of it can be traced by torch.compile, with symbolic sizes."""
+"""What the launchers of kernels share."""
 
 from __future__ import annotations
 
@@ -13,21 +13,13 @@ def ceil_div(numerator: int, denominator: int) -> int:
 
 
 def next_power_of_2(size: int) -> int:
-    """The smallest power of two >= size. Comparing gives a compiled graph a range of sizes instead of one
-    size."""
-    power = 1
-    while power < size:
-        power *= 2
-    return power
+    """The smallest power of two >= size."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's GPU current, which is where Triton launches. Costs nothing where it already is."""
-    if (
-        tensor.is_cuda
-        and not torch.compiler.is_compiling()
-        and tensor.device.index != torch.cuda.current_device()
-    ):
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()
 

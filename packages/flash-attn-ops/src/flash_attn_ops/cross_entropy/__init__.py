@@ -26,7 +26,7 @@ from flash_attn_ops.arguments import (
 )
 from flash_attn_ops.dispatch import runs_on_triton
 
-from . import reference
+from . import operators, reference
 
 __all__ = ["CrossEntropyLoss", "cross_entropy"]
 
@@ -111,11 +111,9 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         options = (label_smoothing, logit_scale, z_loss, ignore_index)
         if on_triton:
-            from . import triton_kernels
-
             logits = logits if logits.stride(-1) == 1 else logits.contiguous()
             labels = labels.contiguous()
-            losses, lse = triton_kernels.losses(logits, labels, *options)
+            losses, lse = operators.losses(logits, labels, *options)
         else:
             losses, lse = reference.losses(logits, labels, *options), None
         loss, count = _reduce(losses, labels, ignore_index, reduction)
@@ -136,14 +134,14 @@ class _CrossEntropy(torch.autograd.Function):
             )
         logits, labels, lse, count = ctx.saved_tensors
         ctx.overwritten = ctx.inplace
-        if ctx.on_triton:
+        if ctx.on_triton and ctx.inplace:
             from . import triton_kernels
 
-            gradient = triton_kernels.d_logits(
-                d_loss, count, logits.detach(), labels, lse, *ctx.options, inplace=ctx.inplace
-            )
-            if ctx.inplace:
-                torch.autograd.graph.increment_version(logits)  # the kernel writes behind autograd's back
+            saved = (logits.detach(), labels, lse)
+            gradient = triton_kernels.d_logits(*saved, d_loss, count, *ctx.options, inplace=True)
+            torch.autograd.graph.increment_version(logits)  # the kernel writes behind autograd's back
+        elif ctx.on_triton:
+            gradient = operators.d_logits(logits.detach(), labels, lse, d_loss, count, *ctx.options)
         else:
             d_losses = (d_loss if count is None else d_loss / count).expand(labels.shape)
             gradient = reference.d_logits(d_losses, logits.detach(), labels, *ctx.options)

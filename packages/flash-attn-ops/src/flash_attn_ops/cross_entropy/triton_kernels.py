@@ -50,11 +50,11 @@ def losses(
 
 
 def d_logits(
-    d_loss: Tensor,
-    divisor: Tensor | None,
     logits: Tensor,
     labels: Tensor,
     lse: Tensor,
+    d_loss: Tensor,
+    divisor: Tensor | None,
     label_smoothing: float,
     logit_scale: float,
     z_loss: float,

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from flash_attn_ops.arguments import bad_argument, check_floating, check_same_device, check_shape
 from flash_attn_ops.dispatch import runs_on_triton
 
-from . import reference
+from . import operators, reference
 
 __all__ = ["LayerNorm", "RMSNorm", "layer_norm", "rms_norm"]
 
@@ -92,45 +92,15 @@ def _norm(
         outputs = normalise(x, weight, bias, residual, eps, residual_dtype)
         return outputs if prenorm else outputs[0]
 
-    total: Tensor | None = None  # x + residual, where it is wanted and differs from x
-    returns_sum = prenorm and (residual is not None or residual_dtype != x.dtype)
+    returns_sum = prenorm and (residual is not None or residual_dtype != x.dtype)  # otherwise the sum is x
     inputs = (x, weight, bias, residual)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        result = _Norm.apply(*inputs, eps, is_rms, residual_dtype, returns_sum)
-        out, total = result if returns_sum else (result, None)
+        out, total = _Norm.apply(*inputs, eps, is_rms, residual_dtype, returns_sum)
     else:
-        out, total, _, _ = _forward_kernels(*inputs, eps, is_rms, residual_dtype, returns_sum, False)
+        out, total, _, _ = operators.forward(*inputs, eps, is_rms, residual_dtype, returns_sum, False)
     if prenorm:
-        return out, x if total is None else total
+        return out, total if returns_sum else x
     return out
-
-
-def _forward_kernels(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    is_rms: bool,
-    residual_dtype: torch.dtype,
-    store_sum: bool,
-    store_statistics: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """``(out, sum, mean, rstd)``, out and sum in the shape of x."""
-    from . import triton_kernels
-
-    out, total, mean, rstd = triton_kernels.forward(
-        _rows(x),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        None if residual is None else _rows(residual),
-        eps,
-        is_rms=is_rms,
-        sum_dtype=residual_dtype,
-        store_sum=store_sum,
-        store_statistics=store_statistics,
-    )
-    return out.view(x.shape), None if total is None else total.view(x.shape), mean, rstd
 
 
 class _Norm(torch.autograd.Function):
@@ -147,50 +117,42 @@ class _Norm(torch.autograd.Function):
         is_rms: bool,
         residual_dtype: torch.dtype,
         returns_sum: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         stores_sum = returns_sum or residual is not None
-        out, total, mean, rstd = _forward_kernels(
+        out, total, mean, rstd = operators.forward(
             x, weight, bias, residual, eps, is_rms, residual_dtype, stores_sum, True
         )
-        ctx.save_for_backward(x if total is None else total, weight, mean, rstd)
+        ctx.save_for_backward(total if stores_sum else x, weight, mean, rstd)
         ctx.x_dtype, ctx.is_rms = x.dtype, is_rms
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        return (out, total) if returns_sum and total is not None else out
+        return out, total if returns_sum else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, d_sum: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        from . import triton_kernels
-
+    def backward(ctx: Any, d_out: Tensor | None, d_sum: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_out is None:  # only the returned sum was used
             if d_sum is None:
                 return (None,) * 8
             d_residual = None if ctx.residual_dtype is None else d_sum.to(ctx.residual_dtype)
             return d_sum.to(ctx.x_dtype), None, None, d_residual, None, None, None, None
         total, weight, mean, rstd = ctx.saved_tensors
-        dx, d_residual, dw, db = triton_kernels.backward(
-            _rows(d_out),
-            None if d_sum is None else _rows(d_sum),
-            _rows(total),
-            weight.contiguous(),
-            mean,
-            rstd,
-            is_rms=ctx.is_rms,
-            x_dtype=ctx.x_dtype,
-            residual_dtype=ctx.residual_dtype,
-            bias_dtype=ctx.bias_dtype,
+        second_dtype = ctx.residual_dtype if ctx.residual_dtype != ctx.x_dtype else None  # besides dx's
+        dx, second, dw, db = operators.backward(
+            *(d_out, d_sum, total, weight, mean, rstd),
+            *(ctx.is_rms, ctx.x_dtype, second_dtype, ctx.bias_dtype),
         )
-        if d_residual is not None:
-            d_residual = d_residual.view(total.shape)
-        return dx.view(total.shape), dw, db, d_residual, None, None, None, None
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """(rows, N) with neighbouring values in a row; a view unless the strides forbid it."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+        d_residual = dx if second_dtype is None else second
+        return (
+            *(
+                dx,
+                dw,
+                None if ctx.bias_dtype is None else db,
+                None if ctx.residual_dtype is None else d_residual,
+            ),
+            *(None, None, None, None),
+        )
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float) -> None:

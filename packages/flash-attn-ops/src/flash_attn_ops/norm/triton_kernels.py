@@ -134,17 +134,16 @@ def backward(
     *,
     is_rms: bool,
     x_dtype: torch.dtype,
-    residual_dtype: torch.dtype | None,
+    second_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """``(dx, d_residual, dw, db)``; x (M, N) is what was normalised, d_sum the gradient of the returned
+    """``(dx, dx in second_dtype, dw, db)``; x (M, N) is what was normalised, d_sum the gradient of the returned
     sum."""
     num_rows, hidden_size = x.shape
     dx = x.new_empty(x.shape, dtype=x_dtype)
-    second_dtype = residual_dtype if residual_dtype not in (None, x_dtype) else None
-    d_residual = None if second_dtype is None else x.new_empty(x.shape, dtype=second_dtype)
-    dw = torch.empty_like(weight)
-    db = None if bias_dtype is None else torch.empty_like(weight, dtype=bias_dtype)
+    second = None if second_dtype is None else x.new_empty(x.shape, dtype=second_dtype)
+    dw = weight.new_empty(hidden_size)
+    db = None if bias_dtype is None else weight.new_empty(hidden_size, dtype=bias_dtype)
     strides = (d_out.stride(0), 0 if d_sum is None else d_sum.stride(0), x.stride(0))
     multiprocessors, shared_memory_bytes = device_limits(x)
     tile = backward_tile(hidden_size)
@@ -156,7 +155,7 @@ def backward(
             )
             dw_partial, db_partial = _partials(programs, x, bias_dtype)
             _backward_wide[(num_rows,)](
-                *(d_out, d_sum, x, weight, mean, rstd, dx, d_residual),
+                *(d_out, d_sum, x, weight, mean, rstd, dx, second),
                 *strides,
                 hidden_size,
                 IS_RMS=is_rms,
@@ -180,7 +179,7 @@ def backward(
             programs = min(ceil_div(num_rows, tile.rows), multiprocessors * sharing)
             dw_partial, db_partial = _partials(programs, x, bias_dtype)
             _backward[(programs,)](
-                *(d_out, d_sum, x, weight, mean, rstd, dx, d_residual, dw_partial, db_partial),
+                *(d_out, d_sum, x, weight, mean, rstd, dx, second, dw_partial, db_partial),
                 *strides,
                 num_rows,
                 hidden_size,
@@ -193,9 +192,7 @@ def backward(
         _add_partials[(ceil_div(hidden_size, 32),)](
             dw_partial, db_partial, dw, db, programs, hidden_size, ROWS=64, COLS=32, num_warps=4
         )
-    if residual_dtype is not None and d_residual is None:
-        d_residual = dx
-    return dx, d_residual, dw, db
+    return dx, second, dw, db
 
 
 def _partials(programs: int, x: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
@@ -257,7 +254,7 @@ def _backward(
     mean_ptr,  # None: RMSNorm
     rstd_ptr,
     dx_ptr,
-    d_residual_ptr,  # None: dx serves both
+    second_ptr,  # None: dx in its own dtype is enough
     dw_partial_ptr,
     db_partial_ptr,  # None: no bias
     d_out_row_stride,
@@ -301,8 +298,8 @@ def _backward(
             d_sum_ptrs = d_sum_ptr + (row * d_sum_row_stride)[:, None] + col[None, :]
             dx += tl.load(d_sum_ptrs, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + (row * hidden_size)[:, None] + col[None, :], dx, mask=mask)
-        if d_residual_ptr is not None:
-            tl.store(d_residual_ptr + (row * hidden_size)[:, None] + col[None, :], dx, mask=mask)
+        if second_ptr is not None:
+            tl.store(second_ptr + (row * hidden_size)[:, None] + col[None, :], dx, mask=mask)
     partial = program.to(tl.int64) * hidden_size
     tl.store(dw_partial_ptr + partial + col, tl.sum(dw, axis=0), mask=col_mask)
     if db_partial_ptr is not None:
@@ -423,7 +420,7 @@ def _backward_wide(
     mean_ptr,
     rstd_ptr,
     dx_ptr,
-    d_residual_ptr,
+    second_ptr,
     d_out_row_stride,
     d_sum_row_stride,
     x_row_stride,
@@ -462,8 +459,8 @@ def _backward_wide(
         if d_sum_ptr is not None:
             dx += tl.load(d_sum_ptr + row * d_sum_row_stride + col, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + row * hidden_size + col, dx, mask=mask)
-        if d_residual_ptr is not None:
-            tl.store(d_residual_ptr + row * hidden_size + col, dx, mask=mask)
+        if second_ptr is not None:
+            tl.store(second_ptr + row * hidden_size + col, dx, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

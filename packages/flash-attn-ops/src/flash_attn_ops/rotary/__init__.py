@@ -27,7 +27,7 @@ from flash_attn_ops.arguments import (
 )
 from flash_attn_ops.dispatch import runs_on_triton
 
-from . import reference
+from . import operators, reference
 
 __all__ = ["RotaryEmbedding", "apply_rotary_emb"]
 
@@ -69,29 +69,16 @@ def apply_rotary_emb(
         rows = reference.rows_of_tokens(x, cos, sin, seqlen_offsets, cu_seqlens)
         out = reference.rotate(x, *rows, interleaved)
         return x.copy_(out) if inplace else out
+    offsets, offset = (seqlen_offsets, 0) if isinstance(seqlen_offsets, Tensor) else (None, seqlen_offsets)
+    table_and_positions = (cos, sin, offsets, offset, cu_seqlens)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Rotate.apply(x, cos, sin, seqlen_offsets, cu_seqlens, interleaved, inplace)
-    if inplace and not torch.compiler.is_compiling():
+        return _Rotate.apply(x, *table_and_positions, interleaved, inplace)
+    if not inplace:
+        return operators.rotate(x, *table_and_positions, interleaved, False)
+    operators.rotate_(x, *table_and_positions, interleaved, False)
+    if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(x)  # the kernel writes behind autograd's back
-    return _rotate_kernel(x, cos, sin, seqlen_offsets, cu_seqlens, interleaved, inplace, conjugate=False)
-
-
-def _rotate_kernel(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    seqlen_offsets: int | Tensor,
-    cu_seqlens: Tensor | None,
-    interleaved: bool,
-    inplace: bool,
-    conjugate: bool,
-) -> Tensor:
-    from . import triton_kernels
-
-    x, cos, sin = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, cos, sin))
-    return triton_kernels.rotate(
-        x, cos, sin, seqlen_offsets, cu_seqlens, interleaved=interleaved, inplace=inplace, conjugate=conjugate
-    )
+    return x
 
 
 class _Rotate(torch.autograd.Function):
@@ -103,29 +90,27 @@ class _Rotate(torch.autograd.Function):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        seqlen_offsets: int | Tensor,
+        offsets: Tensor | None,
+        offset: int,
         cu_seqlens: Tensor | None,
         interleaved: bool,
         inplace: bool,
     ) -> Tensor:
-        tensor_offsets = seqlen_offsets if isinstance(seqlen_offsets, Tensor) else None
-        ctx.save_for_backward(cos, sin, tensor_offsets, cu_seqlens)
-        ctx.int_offset = 0 if tensor_offsets is not None else seqlen_offsets
-        ctx.interleaved = interleaved
-        if inplace:
-            ctx.mark_dirty(x)
-        return _rotate_kernel(x, cos, sin, seqlen_offsets, cu_seqlens, interleaved, inplace, conjugate=False)
+        ctx.save_for_backward(cos, sin, offsets, cu_seqlens)
+        ctx.offset, ctx.interleaved = offset, interleaved
+        if not inplace:
+            return operators.rotate(x, cos, sin, offsets, offset, cu_seqlens, interleaved, False)
+        ctx.mark_dirty(x)
+        operators.rotate_(x, cos, sin, offsets, offset, cu_seqlens, interleaved, False)
+        return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin, tensor_offsets, cu_seqlens = ctx.saved_tensors
-        offsets = ctx.int_offset if tensor_offsets is None else tensor_offsets
+        cos, sin, offsets, cu_seqlens = ctx.saved_tensors
         # Never in place: other consumers of the gradient may hold the same memory.
-        dx = _rotate_kernel(
-            d_out, cos, sin, offsets, cu_seqlens, ctx.interleaved, inplace=False, conjugate=True
-        )
-        return dx, None, None, None, None, None, None
+        dx = operators.rotate(d_out, cos, sin, offsets, ctx.offset, cu_seqlens, ctx.interleaved, True)
+        return dx, None, None, None, None, None, None, None
 
 
 def _check(

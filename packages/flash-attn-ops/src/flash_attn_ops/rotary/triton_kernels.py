@@ -19,17 +19,17 @@ MAX_HEADS = 32
 
 def rotate(
     x: Tensor,
+    out: Tensor,
     cos: Tensor,
     sin: Tensor,
-    seqlen_offsets: int | Tensor,
+    offsets: Tensor | None,
+    offset: int,
     cu_seqlens: Tensor | None,
-    *,
     interleaved: bool,
-    inplace: bool,
     conjugate: bool,
-) -> Tensor:
-    """x (B, S, H, D), or (T, H, D) with cu_seqlens, rotated; by the negative angles if ``conjugate``."""
-    out = x if inplace else x.new_empty(x.shape)
+) -> None:
+    """Writes x (B, S, H, D), or (T, H, D) with cu_seqlens, rotated (by the negative angles if ``conjugate``) to
+    ``out``, which may be x. A sequence starts at its value of ``offsets``, or at ``offset`` without them."""
     num_heads, head_dim = x.shape[-2:]
     rotary_half = cos.shape[1]
     packed = cu_seqlens is not None
@@ -40,8 +40,7 @@ def rotate(
     heads_block = min(MAX_HEADS, next_power_of_2(num_heads), max(1, PAIRS_PER_PROGRAM // half_block))
     tokens_block = max(1, PAIRS_PER_PROGRAM // (half_block * heads_block))
     head_blocks = ceil_div(num_heads, heads_block)
-    offsets = seqlen_offsets if isinstance(seqlen_offsets, Tensor) else None
-    rest = 0 if inplace else head_dim - 2 * rotary_half
+    rest = 0 if out is x else head_dim - 2 * rotary_half
     with on_device_of(x):
         _rotate[(ceil_div(num_tokens, tokens_block) * head_blocks,)](
             *(x, out, cos, sin, offsets, cu_seqlens),
@@ -49,7 +48,7 @@ def rotate(
             *_token_strides(out, packed),
             *(cos.stride(0), sin.stride(0)),
             *(num_tokens, seqlen, num_sequences, num_heads, head_blocks, len(cos)),
-            0 if isinstance(seqlen_offsets, Tensor) else seqlen_offsets,
+            offset,
             HALF=rotary_half,
             REST=rest,
             INTERLEAVED=interleaved,
@@ -61,7 +60,6 @@ def rotate(
             REST_BLOCK=max(16, next_power_of_2(rest)) if rest else 0,
             num_warps=4,
         )
-    return out
 
 
 def _token_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:

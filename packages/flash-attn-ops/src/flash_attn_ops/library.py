@@ -1,0 +1,53 @@
+"""Operators that torch.compile takes as they are.
+
+A function that launches kernels becomes an operator ``torch.ops.flash_attn_ops.*`` with a schema and a fake that
+allocates what it returns: a tracer records the call and never looks inside. Eager code calls the function itself,
+which costs less than the dispatcher. Registering imports neither Triton nor the compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("flash_attn_ops", "DEF")
+
+
+def opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a launcher. It takes positional arguments as ``schema`` says (which names the operator and declares
+    what it overwrites), on any device, and returns new tensors: one, or a tuple with None for absent ones.
+
+    ``fake`` takes the same arguments and returns tensors of the same shapes, strides, dtypes and device, without
+    their values. Schemas know no absent results: where the function returns None the operator returns an empty
+    tensor, so callers go by what they asked for.
+    """
+    name = schema[: schema.index("(")]
+
+    def register(launch: Callable[..., Any]) -> Callable[..., Any]:
+        _library.define(schema)
+        _library.impl(name, _without_absent(launch), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"flash_attn_ops::{name}", _without_absent(fake), lib=_library)
+        operator = getattr(torch.ops.flash_attn_ops, name).default
+
+        @functools.wraps(launch)
+        def call(*args: Any) -> Any:
+            return operator(*args) if torch.compiler.is_compiling() else launch(*args)
+
+        return call
+
+    return register
+
+
+def _without_absent(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def returning_tensors(first: Tensor, *rest: Any) -> Any:
+        results = function(first, *rest)
+        if not isinstance(results, tuple):
+            return results
+        return tuple(first.new_empty(0) if result is None else result for result in results)
+
+    return returning_tensors
