@@ -20,6 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from kernels_build import KERNELS
+from repository import ROOT
 
 DEFAULT_RESULT = KERNELS.folder / "benchmarks" / "results" / "build.json"
 
@@ -32,7 +33,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, str(KERNELS.folder)],
-            env=dict(os.environ, FLASH_ATTN_KERNELS_BUILD="always"),
+            env=dict(
+                os.environ,
+                FLASH_ATTN_KERNELS_BUILD="always",
+                PIP_CONSTRAINT=str(ROOT / "constraints.txt"),
+                PIP_BUILD_CONSTRAINT=str(ROOT / "constraints.txt"),
+            ),
             check=True,
         )
         (wheel,) = Path(folder).glob("*.whl")
