@@ -50,6 +50,7 @@ def test_all_combinations_compose(preset: str, model: str) -> None:
         ("data.suffixes=.txt", ["data.suffixes", "got '.txt' (str)", "expected a list of text"]),
         ("data.suffixes=[{a:1}]", ["data.suffixes"]),
         ("preset=quick", ["preset: got 'quick'", "expected one of quickstart, smoke"]),
+        ("preset=[smoke]", ["preset: got"]),
         ("model=bert", ["model: got 'bert'", "expected one of llama, gpt2"]),
         ("~model.n_layer", ["'~model.n_layer'", "expected key=value"]),
         ("model.n_layer=1,2", ["'model.n_layer=1,2'", "one value"]),

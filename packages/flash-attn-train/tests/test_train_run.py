@@ -258,7 +258,7 @@ def test_short_quickstart(tmp_path: Path, standard_library_cache: Path) -> None:
         "tokens/s",
         "checkpoints",
         "loss.png",
-        "\n    def",
+        "\n    def __init__(self",
     ):
         assert part in done.stdout
     assert (tmp_path / "runs/quickstart/loss.png").exists()

@@ -114,7 +114,7 @@ def _check_overrides(overrides: Sequence[str]) -> dict[str, Any]:
                 f"got {text!r}, expected key=value with one value; keys cannot be added or removed."
             )
         value = override.value()
-        if key in _GROUPS and value not in _GROUPS[key]:
+        if key in _GROUPS and value not in list(_GROUPS[key]):
             raise ConfigError(f"{key}: got {value!r}, expected one of {', '.join(_GROUPS[key])}.")
         values[key] = value
     return values
