@@ -23,11 +23,12 @@ def test_resuming_keeps_rows_up_to_the_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "metrics.csv"
     log = MetricsCSV(file, COLUMNS)
     for step in range(1, 6):
-        log.log_metrics({"loss": float(step)}, step=step)
+        log.log_metrics({"loss": float(step), "speed": step}, step=step)
+    before = file.read_text().splitlines()
     with open(file, "a") as unfinished:
         unfinished.write("6,6.")
     MetricsCSV(file, COLUMNS, resume_step=3).log_metrics({"loss": 40.0}, step=4)
-    assert [(row["step"], row["loss"]) for row in read_metrics(file)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert file.read_text().splitlines() == [*before[:4], "4,40.0,"]
 
 
 def test_new_run_starts_an_empty_file(tmp_path: Path) -> None:

@@ -87,7 +87,11 @@ def read_corpus(path: str | None, *, suffixes: list[str] | None = None, val_frac
         DataError: nothing at ``path``, no text in it, or too little to split.
     """
     if path is None:
-        root, title, prompt = Path(sysconfig.get_path("stdlib")), "Python standard library", "def __init__(self"
+        root, title, prompt = (
+            Path(sysconfig.get_path("stdlib")),
+            "Python standard library",
+            "def __init__(self",
+        )
         files = _files_under(root, [".py"], _STDLIB_SKIPPED)
         hint = "This Python has no library source on disk; set data.path to a text file or folder."
     else:

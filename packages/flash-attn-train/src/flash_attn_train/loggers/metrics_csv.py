@@ -7,7 +7,6 @@ drops the rows after the step of the checkpoint, which are going to be computed 
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,10 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, columns: tuple[str, ...], *, resume_step: int = 0) -> None:
         super().__init__()
         self.path, self.columns = path, columns
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
+        rows = _complete_lines(path)[1:] if resume_step > 0 and path.exists() else []
+        kept = [row for row in rows if int(row.split(",")[0]) <= resume_step]
         with atomic_write(path) as file:
-            text = io.StringIO(newline="")
-            writer = csv.writer(text, lineterminator="\n")
-            writer.writerow(("step", *columns))
-            writer.writerows(self._values(row["step"], row) for row in kept)
-            file.write(text.getvalue().encode())
+            file.write("\n".join([",".join(("step", *columns)), *kept, ""]).encode())
 
     @property
     def name(self) -> str:
@@ -52,14 +48,12 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        with open(self.path, "a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(self._values(step or 0, metrics))
-
-    def _values(self, step: float, metrics: Mapping[str, float]) -> list[Any]:
-        unknown = set(metrics) - {*self.columns, "step"}
+        unknown = set(metrics) - set(self.columns)
         if unknown:
             raise ValueError(f"metrics: got {sorted(unknown)}, expected only {list(self.columns)}.")
-        return [int(step), *(metrics.get(column, "") for column in self.columns)]
+        row = [step or 0, *(metrics.get(column, "") for column in self.columns)]
+        with open(self.path, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(row)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -67,9 +61,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
     A last line that a killed process left unfinished (no line end) is dropped.
     """
-    text = path.read_text()
-    complete = text[: text.rfind("\n") + 1]
     return [
-        {name: float(value) for name, value in row.items() if value not in ("", None)}
-        for row in csv.DictReader(io.StringIO(complete))
+        {name: float(value) for name, value in row.items() if value}
+        for row in csv.DictReader(_complete_lines(path))
     ]
+
+
+def _complete_lines(path: Path) -> list[str]:
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()
