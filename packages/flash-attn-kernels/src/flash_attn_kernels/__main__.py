@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -42,12 +43,12 @@ def _check(device: str, dtype: torch.dtype) -> bool:
         deterministic=False,
     )
 
-    def results(attend, dtype: torch.dtype) -> list[torch.Tensor]:
+    def results(attend: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         out = attend(*leaves)
         return [x.double() for x in (out, *torch.autograd.grad(out, leaves, dout.to(out.dtype)))]
 
-    def definition(dtype: torch.dtype):
+    def definition(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
         return lambda q, k, v: attention_reference(q, k, v, options, compute_dtype=dtype).out
 
     exact, plain = results(definition(torch.float64), torch.float64), results(definition(dtype), dtype)

@@ -10,7 +10,7 @@ from flash_attn_models.gpt import GPTLMHeadModel
 from tokenizers import Tokenizer
 
 from flash_attn_train.configs import GenerationConfig
-from flash_attn_train.data.tokenizer import END_OF_TEXT
+from flash_attn_train.data.tokenizer import end_of_text_id
 
 
 def write_sample(
@@ -20,7 +20,7 @@ def write_sample(
 
     An empty prompt starts a text of its own. Of a prompt longer than half of the context, the end is used.
     """
-    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    end_of_text = end_of_text_id(tokenizer)
     ids = tokenizer.encode(prompt).ids or [end_of_text]  # a text of its own follows the end of another
     context = model.config.max_seqlen
     ids = ids[-max(1, context // 2) :]
