@@ -19,7 +19,7 @@ from flash_attn_train.configs import TokenizerConfig
 from flash_attn_train.console import is_terminal, say, with_progress
 from flash_attn_train.data.corpus import Corpus, Document
 from flash_attn_train.data.token_file import FORMAT_VERSION, open_token_file, token_dtype, write_token_file
-from flash_attn_train.data.tokenizer import END_OF_TEXT, load_tokenizer, pieces, train_tokenizer
+from flash_attn_train.data.tokenizer import end_of_text_id, load_tokenizer, pieces, train_tokenizer
 from flash_attn_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _train(documents: tuple[Document, ...], config: TokenizerConfig) -> Tokenize
 
 
 def _encode(tokenizer: Tokenizer, documents: tuple[Document, ...], split: str) -> Iterator[np.ndarray]:
-    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    end_of_text = end_of_text_id(tokenizer)
     for group in _grouped(
         with_progress(documents, title=f"tokenising the {split} split", total=len(documents))
     ):

@@ -63,6 +63,15 @@ def _special_tokens_by_id_only(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    token = tokenizer.token_to_id(END_OF_TEXT)
+    if token is None:
+        raise DataError(
+            f"the tokenizer has no token {END_OF_TEXT!r}; expected one that flash-attn-train made."
+        )
+    return token
+
+
 def pieces(text: str) -> Iterator[str]:
     """The text in pieces of at most about a million characters, cut after a line end where there is one."""
     start = 0
