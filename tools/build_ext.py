@@ -10,6 +10,7 @@ MAX_JOBS.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
 import subprocess
@@ -37,7 +38,8 @@ def main() -> int:
             fetch_missing_tools()
         built = build(kernels_build.KERNELS.folder)
     except BuildError as error:
-        print(f"error: {error}", file=sys.stderr)
+        hint = "" if arguments.fetch else "\n(--fetch gets missing build tools from the package index)"
+        print(f"error: {error}{hint}", file=sys.stderr)
         return 1
     print(built.report.summary())
     print(built.path)
@@ -67,6 +69,7 @@ def fetch_missing_tools() -> None:
         raise BuildError(
             f"could not install {', '.join(missing)}: install them, or a CUDA toolkit, by other means"
         )
+    importlib.invalidate_caches()  # the folder may not have existed when its contents were first looked for
 
 
 if __name__ == "__main__":
