@@ -8,6 +8,7 @@ registered.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
             return 0
+        # Read when torch loads. By default a thread that waits for the others spins, and on a machine that is doing
+        # something else too, spinning takes the cores from the threads that are waited for.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         print(f"flash-attn-train {__version__}", flush=True)  # before the wait for torch to load
         from flash_attn_train.run import train
 
