@@ -109,15 +109,18 @@ def test_help_is_fast_because_it_loads_neither_torch_nor_hydra() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("given", [None, "ACTIVE"])
-def test_waiting_threads_sleep_unless_told_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
+@pytest.mark.parametrize(
+    ("given", "spin_count"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_waiting_threads_soon_sleep_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], spin_count: str | None
 ) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
-    if given is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(os, "environ", {**os.environ, **given})
+    for name in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} - given.keys():
+        os.environ.pop(name, None)
     assert main([f"data.path={tmp_path / 'missing.txt'}"]) == 2
-    assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")
+    assert os.environ.get("GOMP_SPINCOUNT") == spin_count
 
 
 def test_working_directory_stays_and_nothing_is_made_for_bad_input(

@@ -40,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
             return 0
-        # Read when torch loads. By default a thread that waits for the others spins, and on a machine that is doing
-        # something else too, spinning takes the cores from the threads that are waited for.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # Read by GNU OpenMP when torch loads: how long a thread that waits for the others spins before it sleeps.
+        # By default it is so long that, where something else runs too, spinning takes the cores from the threads
+        # that are waited for.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         print(f"flash-attn-train {__version__}", flush=True)  # before the wait for torch to load
         from flash_attn_train.run import train
 
