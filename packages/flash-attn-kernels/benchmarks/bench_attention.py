@@ -1,114 +1,113 @@
 """Attention forward and backward against SDPA's flash (FlashAttention-2) and cuDNN backends, in one interleaved run.
 
-Every row holds 16k tokens and a hidden size of 2048 in bf16, as published sweeps do. FLOPs are counted the usual way:
-4 * B * H * Sq * Sk * D forward, half of it under a causal mask, and 2.5 times that backward.
+Every case holds 16k tokens and a hidden size of 2048 (heads = 2048 // head dim), as published sweeps do. FLOPs are
+counted the usual way: 4 * B * H * Sq * Sk * D forward, half of it under a causal mask, and 2.5 times that backward.
+fp16 runs at head dims 64 and 128 and three lengths, and so does the deterministic backward; --full runs all of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from contestants import (
+    BACKWARD_FACTOR,
+    OURS,
+    Attend,
+    Contestant,
+    attention_flops,
+    geometric_mean,
+    run,
+    sdpa,
+    time_both_directions,
+    timed_rows,
+)
 from flash_attn_kernels import explain, flash_attn_func
-from flash_attn_kernels.testing import interleaved_times, measure_ceilings, write_result
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 TOKENS, HIDDEN = 16384, 2048
 PEERS = {"flash2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+DETERMINISTIC = "deterministic"  # ours
+HEAD_DIMS, SEQLENS = (64, 96, 128, 192, 256), (512, 1024, 2048, 4096, 8192, 16384)
+SUBSET_HEAD_DIMS, SUBSET_SEQLENS = (64, 128), (1024, 4096, 16384)
 
 
-def sdpa(backend: SDPBackend, causal: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """SDPA on one backend, taking and returning (B, S, H, D)."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal)
-        return out.transpose(1, 2)
-
-    return attend
+def our_attention(causal: bool, deterministic: bool = False) -> Attend:
+    return lambda q, k, v: flash_attn_func(q, k, v, causal=causal, deterministic=deterministic, strict=True)
 
 
-def contestants(causal: bool, deterministic: bool) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    ours = {"ours": lambda q, k, v: flash_attn_func(q, k, v, causal=causal, strict=True)}
-    if deterministic:
-        ours["ours deterministic"] = lambda q, k, v: flash_attn_func(
-            q, k, v, causal=causal, deterministic=True, strict=True
-        )
-    return {**ours, **{name: sdpa(backend, causal) for name, backend in PEERS.items()}}
-
-
-def check_agreement(outputs: dict[str, Tensor]) -> None:
-    """All contestants compute the same thing, to bf16 rounding, before any is timed."""
-    expected = outputs["ours"].float()
-    for name, out in outputs.items():
-        error = (out.float() - expected).norm() / expected.norm()
-        if not error < 1e-2:
-            raise RuntimeError(f"{name} differs from ours by a relative {error:.2e}")
-
-
-def bench_case(seqlen: int, head_dim: int, causal: bool, samples: int) -> list[dict[str, Any]]:
+def bench_case(
+    dtype: torch.dtype, head_dim: int, causal: bool, seqlen: int, samples: int, deterministic: bool
+) -> list[dict[str, Any]]:
     batch, heads = TOKENS // seqlen, HIDDEN // head_dim
-    q, k, v, dout = torch.randn(4, batch, seqlen, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    q, k, v, dout = torch.randn(4, batch, seqlen, heads, head_dim, device="cuda", dtype=dtype)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     path = explain(q, k, v, causal=causal).path
-    functions = contestants(causal, deterministic=True)
-    outputs = {name: attend(*leaves) for name, attend in functions.items()}
-    check_agreement(outputs)
-    check_agreement(
-        {name: torch.autograd.grad(out, leaves, dout, retain_graph=True)[0] for name, out in outputs.items()}
-    )
-    forward = {
-        name: (lambda attend=attend: attend(q, k, v))
-        for name, attend in functions.items()
-        if name != "ours deterministic"
-    }
-    backward = {
-        name: (lambda out=out: torch.autograd.grad(out, leaves, dout, retain_graph=True))
-        for name, out in outputs.items()
-    }
-    flops = 4 * batch * heads * seqlen**2 * head_dim / (2 if causal else 1)
+    contestants = {OURS: Contestant(our_attention(causal), leaves, [dout], path)}
+    if deterministic:
+        ours = our_attention(causal, deterministic=True)
+        contestants[DETERMINISTIC] = Contestant(ours, leaves, [dout], path, forward=False)
+    for name, backend in PEERS.items():
+        contestants[name] = Contestant(sdpa(backend, is_causal=causal), leaves, [dout])
+    times = time_both_directions(contestants, samples=samples)
+    flops = attention_flops(batch, heads, seqlen, head_dim, causal)
     rows = []
-    for direction, calls, factor in (("forward", forward, 1.0), ("backward", backward, 2.5)):
-        for name, time in interleaved_times(calls, samples=samples).items():
-            rows.append(
-                {
-                    "direction": direction,
-                    "head_dim": head_dim,
-                    "causal": causal,
-                    "seqlen": seqlen,
-                    "contestant": name,
-                    "path": path if name.startswith("ours") else None,
-                    "tflops": round(flops * factor / time.median_us * 1e-6, 1),
-                    "median_us": round(time.median_us, 2),
-                    "p20_us": round(time.p20_us, 2),
-                    "p80_us": round(time.p80_us, 2),
-                }
-            )
+    for direction, factor in (("forward", 1.0), ("backward", BACKWARD_FACTOR)):
+        case = {
+            "kind": "cell",
+            "statistic": "median",
+            "direction": direction,
+            "dtype": str(dtype).removeprefix("torch."),
+            "head_dim": head_dim,
+            "causal": causal,
+            "seqlen": seqlen,
+        }
+        rows += timed_rows(times[direction], contestants, case, flops * factor)
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", default="attention.json", help="result file (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="fewer samples, one sequence length")
-    arguments = parser.parse_args()
-    ceilings = measure_ceilings()
-    print(f"ceilings: {ceilings}", flush=True)
-    seqlens, samples = ([4096], 5) if arguments.quick else ([1024, 4096, 16384], 20)
-    rows: list[dict[str, Any]] = []
-    for head_dim, causal, seqlen in itertools.product([64, 128], [False, True], seqlens):
-        for row in bench_case(seqlen, head_dim, causal, samples):
-            share = row["tflops"] / ceilings["gemm_tflops"]
-            rows.append({**row, "share_of_gemm": round(share, 3)})
-            case = f"{row['direction']:8} d{head_dim:<3} {'causal' if causal else 'full':6} {seqlen:6}"
-            print(f"{case} {row['contestant']:18} {row['tflops']:7.1f} TFLOP/s", flush=True)
-    write_result(arguments.json, "attention", rows, ceilings)
+def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Geometric mean and worst cell of our speed against each contestant, by direction and dtype.
+
+    For the deterministic backward the figure is the overhead of it: its time over that of the default.
+    """
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for cell in cells:
+        if cell["contestant"] != OURS and cell["speedup_of_ours"] is not None:
+            key = (cell["direction"], cell["dtype"], cell["contestant"])
+            groups.setdefault(key, []).append(cell)
+    rows = []
+    for group in groups.values():
+        worst_of = max if group[0]["contestant"] == DETERMINISTIC else min
+        worst = worst_of(group, key=lambda cell: cell["speedup_of_ours"])
+        mean = geometric_mean([cell["speedup_of_ours"] for cell in group])
+        nowhere = {"head_dim": None, "causal": None, "seqlen": None}
+        timings = {"tflops": None, "median_us": None, "p20_us": None, "p80_us": None}
+        rows.append(
+            {**worst, **nowhere, **timings, "statistic": "geometric mean", "speedup_of_ours": round(mean, 3)}
+        )
+        rows.append({**worst, **timings, "statistic": "worst cell"})
+    return [{**row, "kind": "summary"} for row in rows]
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    grid = itertools.product((torch.bfloat16, torch.float16), HEAD_DIMS, (False, True), SEQLENS)
+    cells: list[dict[str, Any]] = []
+    for dtype, head_dim, causal, seqlen in grid:
+        in_subset = head_dim in SUBSET_HEAD_DIMS and seqlen in SUBSET_SEQLENS
+        if arguments.quick and not (in_subset and seqlen == 4096):
+            continue
+        if dtype == torch.float16 and not (in_subset or arguments.full):
+            continue
+        deterministic = arguments.full or (in_subset and dtype == torch.bfloat16)
+        rows = bench_case(dtype, head_dim, causal, seqlen, 5 if arguments.quick else 7, deterministic)
+        cells += rows
+        yield rows
+    yield summary(cells)
 
 
 if __name__ == "__main__":
-    main()
+    run("attention", __doc__.splitlines()[0], cases, full_help="fp16 and deterministic on the whole grid")

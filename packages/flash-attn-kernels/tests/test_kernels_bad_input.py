@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from flash_attn_kernels import explain, flash_attn_func, flash_attn_varlen_func
+from flash_attn_kernels import (
+    explain,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    merge_attention_states,
+    unpad_input,
+    unpad_input_for_concatenated_sequences,
+)
 
 Q, K = torch.zeros(2, 5, 4, 8), torch.zeros(2, 7, 2, 8)
 PACKED_Q, PACKED_K = torch.zeros(10, 4, 8), torch.zeros(14, 2, 8)
@@ -43,11 +54,28 @@ DENSE: list[tuple[str, dict[str, Any], str]] = [
     (
         "no kv heads",
         {"k": K[:, :, :0], "v": K[:, :, :0]},
-        r"q: got 4 heads; expected a multiple of the 0 heads",
+        r"k: got 0 heads; expected at least 1 head",
+    ),
+    ("no heads", {"q": Q[:, :, :0]}, r"q: got 0 heads; expected at least 1 head"),
+    (
+        "no head dim",
+        {"q": Q[..., :0], "k": K[..., :0], "v": K},
+        r"q: got head_dim 0; expected a head_dim of at least 1",
+    ),
+    ("no head dim of v", {"v": K[..., :0]}, r"v: got head_dim 0"),
+    (
+        "8-bit inputs",
+        {name: x.to(torch.float8_e4m3fn) for name, x in (("q", Q), ("k", K), ("v", K))},
+        r"q: got dtype torch.float8_e4m3fn; expected a floating-point dtype: float16, bfloat16",
     ),
     (
         "swapped layout",
         {"q": torch.zeros(2, 4, 7, 8), "k": torch.zeros(2, 4, 5, 8), "v": torch.zeros(2, 4, 5, 8)},
+        r"q: got 7 heads.*transpose\(1, 2\)",
+    ),
+    (
+        "swapped layout of grouped heads",
+        {"q": torch.zeros(2, 4, 7, 8), "k": torch.zeros(2, 2, 5, 8), "v": torch.zeros(2, 2, 5, 8)},
         r"q: got 7 heads.*transpose\(1, 2\)",
     ),
     ("negative dropout", {"dropout_p": -0.1}, r"dropout_p: got -0.1; expected a probability in \[0, 1\)"),
@@ -68,6 +96,85 @@ DENSE: list[tuple[str, dict[str, Any], str]] = [
         r"alibi_slopes: got shape \(3,\); expected \(4,\) or \(2, 4\)",
     ),
     ("slopes device", {"alibi_slopes": torch.ones(4, device="meta")}, r"alibi_slopes: got device meta"),
+    (
+        "slopes dtype",
+        {"alibi_slopes": torch.ones(4, dtype=torch.int64)},
+        r"alibi_slopes: got dtype torch.int64; expected a floating-point dtype",
+    ),
+    ("slopes list", {"alibi_slopes": [1.0] * 4}, r"alibi_slopes: got list; expected a torch.Tensor"),
+    (
+        "bias shape",
+        {"attn_bias": torch.zeros(3, 7)},
+        r"attn_bias: got shape \(3, 7\); expected .*batch 2 or 1, heads 4 or 1, seqlen_q 5 or 1, seqlen_k 7 or 1",
+    ),
+    ("bias rank", {"attn_bias": torch.zeros(1, 1, 1, 1, 1)}, r"attn_bias: got shape \(1, 1, 1, 1, 1\)"),
+    (
+        "bias of swapped layout",
+        {**dict.fromkeys("qkv", Q.transpose(1, 2)), "attn_bias": torch.zeros(2, 4, 5, 5)},
+        r"attn_bias: got shape \(2, 4, 5, 5\).*transpose\(1, 2\)",
+    ),
+    (
+        "bool bias",
+        {"attn_bias": torch.ones(5, 7, dtype=torch.bool)},
+        r"attn_bias: got dtype torch.bool; expected a floating-point dtype. Fix: pass a bool mask as attn_mask",
+    ),
+    (
+        "bias of higher precision",
+        {"attn_bias": torch.ones(5, 7, dtype=torch.float64)},
+        r"attn_bias: got dtype torch.float64; expected float16, bfloat16 or float32 \(float64 with float64 inputs\)",
+    ),
+    ("integer bias", {"attn_bias": torch.ones(5, 7).int()}, r"attn_bias: got dtype torch.int32"),
+    ("bias device", {"attn_bias": torch.ones(5, 7, device="meta")}, r"attn_bias: got device meta"),
+    ("bias number", {"attn_bias": 1.0}, r"attn_bias: got float; expected a torch.Tensor"),
+    (
+        "float mask",
+        {"attn_mask": torch.zeros(5, 7)},
+        r"attn_mask: got dtype torch.float32; expected torch.bool.*Fix: pass an additive float mask as attn_bias",
+    ),
+    ("integer mask", {"attn_mask": torch.ones(5, 7).long()}, r"attn_mask: got dtype torch.int64"),
+    (
+        "mask shape",
+        {"attn_mask": torch.ones(4, 2, 5, 7, dtype=torch.bool)},
+        r"attn_mask: got shape \(4, 2, 5, 7\); expected a shape that broadcasts",
+    ),
+    (
+        "mask device",
+        {"attn_mask": torch.ones(5, 7, dtype=torch.bool, device="meta")},
+        r"attn_mask: got device meta",
+    ),
+    (
+        "key padding of queries",
+        {"key_padding_mask": torch.ones(2, 5, dtype=torch.bool)},
+        r"key_padding_mask: got shape \(2, 5\); expected \(2, 7\)",
+    ),
+    (
+        "key padding rank",
+        {"key_padding_mask": torch.ones(7, dtype=torch.bool)},
+        r"key_padding_mask: got shape \(7,\)",
+    ),
+    (
+        "integer key padding",
+        {"key_padding_mask": torch.ones(2, 7).long()},
+        r"key_padding_mask: got dtype torch.int64; expected torch.bool, where True is a real key",
+    ),
+    (
+        "key padding device",
+        {"key_padding_mask": torch.ones(2, 7, dtype=torch.bool, device="meta")},
+        r"key_padding_mask: got device meta",
+    ),
+    (
+        "sink shape",
+        {"learnable_sink": torch.zeros(2, 4)},
+        r"learnable_sink: got shape \(2, 4\); expected \(4,\). Fix: pass one logit per head",
+    ),
+    ("sink of key heads", {"learnable_sink": torch.zeros(2)}, r"learnable_sink: got shape \(2,\)"),
+    ("sink dtype", {"learnable_sink": torch.zeros(4).long()}, r"learnable_sink: got dtype torch.int64"),
+    ("sink device", {"learnable_sink": torch.zeros(4, device="meta")}, r"learnable_sink: got device meta"),
+    (
+        "alignment",
+        {"causal_alignment": "top_left"},
+        r"causal_alignment: got 'top_left'; expected 'bottom-right' or 'top-left'",
+    ),
 ]
 
 
@@ -106,7 +213,57 @@ PACKED: list[tuple[str, dict[str, Any], str]] = [
         {"cu_seqlens_k": CU_K[:2]},
         r"cu_seqlens_k: got 1 sequences; expected the 2 of cu_seqlens_q",
     ),
-    ("probabilities", {"return_attn_probs": True}, r"return_attn_probs: got True; expected False for packed"),
+    ("pages of cu list", {"block_table": [[0]], "k": K, "v": K}, r"block_table: got list"),
+    (
+        "used shape",
+        {"seqused_q": torch.zeros(3, dtype=torch.int32)},
+        r"seqused_q: got shape \(3,\); expected an int32 tensor of shape \(2,\). Fix: pass one length per sequence",
+    ),
+    (
+        "used dtype",
+        {"seqused_k": torch.zeros(2, dtype=torch.int64)},
+        r"seqused_k: got dtype torch.int64; expected torch.int32",
+    ),
+    (
+        "used device",
+        {"seqused_k": torch.zeros(2, dtype=torch.int32, device="meta")},
+        r"seqused_k: got device meta",
+    ),
+    (
+        "used too long",
+        {"seqused_q": torch.tensor([5, 6], dtype=torch.int32)},
+        r"seqused_q: got \[5, 6\]; expected lengths within those of cu_seqlens_q, \[4, 6\]",
+    ),
+    (
+        "used negative",
+        {"seqused_k": torch.tensor([-1, 6], dtype=torch.int32)},
+        r"seqused_k: got \[-1, 6\]",
+    ),
+    (
+        "bias batch",
+        {"attn_bias": torch.zeros(3, 1, 9, 9)},
+        r"attn_bias: got shape \(3, 1, 9, 9\); expected .*batch 2 or 1, heads 4 or 1, any seqlen_q, any seqlen_k",
+    ),
+    (
+        "key padding of tokens",
+        {"key_padding_mask": torch.ones(14, dtype=torch.bool)},
+        r"key_padding_mask: got shape \(14,\); expected \(2, positions in a sequence\)",
+    ),
+    (
+        "slopes of another batch",
+        {"alibi_slopes": torch.zeros(3, 4)},
+        r"alibi_slopes: got shape \(3, 4\); expected \(4,\) or \(2, 4\)",
+    ),
+    (
+        "too few pages",
+        {"k": K, "v": K, "block_table": torch.zeros(2, 1, dtype=torch.int32)},
+        r"block_table: got 1 pages of 7 for the 8 keys of sequence 1; expected pages for every key",
+    ),
+    (
+        "page that does not exist",
+        {"k": K, "v": K, "block_table": torch.tensor([[0, 9], [1, 2]], dtype=torch.int32)},
+        r"block_table: got \[1, 2\] for sequence 1; expected pages in \[0, 2\)",
+    ),
     (
         "page table dtype",
         {"k": K, "v": K, "block_table": torch.zeros(2, 3)},
@@ -131,3 +288,90 @@ def test_packed(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         flash_attn_varlen_func(**{**defaults, **arguments})
     assert "Fix: " in str(error.value)
+
+
+QKV, KV = torch.zeros(2, 5, 3, 4, 8), torch.zeros(2, 7, 2, 2, 8)
+
+OTHERS: list[tuple[str, Any, tuple[Any, ...], str]] = [
+    (
+        "three of qkv",
+        flash_attn_qkvpacked_func,
+        (QKV[:, :, :2],),
+        r"qkv: got shape \(2, 5, 2, 4, 8\); expected shape \(batch, seqlen, 3, heads, head_dim\)",
+    ),
+    ("rank of qkv", flash_attn_qkvpacked_func, (QKV[0],), r"qkv: got shape \(5, 3, 4, 8\)"),
+    ("qkv in a list", flash_attn_qkvpacked_func, ([Q, Q, Q],), r"qkv: got list; expected a torch.Tensor"),
+    (
+        "two of kv",
+        flash_attn_kvpacked_func,
+        (Q, QKV),
+        r"kv: got shape \(2, 5, 3, 4, 8\); expected shape \(batch, seqlen, 2, heads, head_dim\)",
+    ),
+    ("batch of kv", flash_attn_kvpacked_func, (Q[:1], KV), r"k: got batch 2; expected the batch of q, 1"),
+    (
+        "packed three of qkv",
+        flash_attn_varlen_qkvpacked_func,
+        (QKV, CU_Q),
+        r"qkv: got shape .* expected shape \(total_tokens, 3, heads, head_dim\)",
+    ),
+    (
+        "cu of qkv",
+        flash_attn_varlen_qkvpacked_func,
+        (QKV[0], CU_Q.long(), 6),
+        r"cu_seqlens_q: got dtype torch.int64",
+    ),
+    (
+        "packed two of kv",
+        flash_attn_varlen_kvpacked_func,
+        (PACKED_Q, KV, CU_Q, CU_K),
+        r"kv: got shape .* expected shape \(total_tokens, 2, heads, head_dim\)",
+    ),
+    ("parts to merge", merge_attention_states, ([Q], []), r"lses: got 0 tensors for 1 outs"),
+    ("nothing to merge", merge_attention_states, ([], []), r"lses: got 0 tensors for 0 outs"),
+    (
+        "shape to merge",
+        merge_attention_states,
+        ([Q, K], [Q[..., 0]] * 2),
+        r"lses\[0\]: got shape \(2, 5, 4\)",
+    ),
+    (
+        "shapes to merge",
+        merge_attention_states,
+        ([Q, K], [torch.zeros(2, 4, 5)] * 2),
+        r"outs\[1\]: got shape .* expected that of outs\[0\]",
+    ),
+    ("rank to merge", merge_attention_states, ([Q[0, 0]], [Q[0, 0]]), r"outs\[0\]: got shape \(4, 8\)"),
+    (
+        "mask to unpad by",
+        unpad_input,
+        (Q, torch.ones(2, 4)),
+        r"attention_mask: got shape \(2, 4\); expected .*\(2, 5\)",
+    ),
+    ("unused mask", unpad_input, (Q, torch.ones(2, 5), torch.ones(2)), r"unused_mask: got shape \(2,\)"),
+    ("nothing padded", unpad_input, (Q[0, 0, 0], torch.ones(8)), r"hidden_states: got shape \(8,\)"),
+    (
+        "lengths to unpad by",
+        unpad_input_for_concatenated_sequences,
+        (Q, torch.ones(2)),
+        r"attention_mask_in_length: got shape \(2,\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "function, arguments, message", [pytest.param(*case[1:], id=case[0]) for case in OTHERS]
+)
+def test_other_functions(function, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        function(*arguments)
+    assert "Fix: " in str(error.value)
+
+
+def test_an_error_comes_before_anything_else() -> None:
+    """Bad arguments reach no kernel and draw no random numbers."""
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError):
+        flash_attn_func(Q, K, K, dropout_p=0.5, softmax_scale=float("nan"))
+    assert torch.rand(1) == expected

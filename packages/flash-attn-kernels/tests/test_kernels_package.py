@@ -29,7 +29,10 @@ def test_self_test_passes(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main() == 0
     output = capsys.readouterr().out
-    assert "ok   cpu torch.bfloat16 (portable)" in output and f"torch {torch.__version__}" in output
+    assert "ok   cpu torch.bfloat16 (portable), causal" in output
+    assert (
+        "ok   cpu torch.bfloat16 (portable), modifiers" in output and f"torch {torch.__version__}" in output
+    )
 
 
 def test_self_test_fails_when_attention_is_wrong(
@@ -37,6 +40,12 @@ def test_self_test_fails_when_attention_is_wrong(
 ) -> None:
     from flash_attn_kernels import __main__, flash_attn_func
 
-    monkeypatch.setattr(__main__, "flash_attn_func", lambda q, k, v, causal: flash_attn_func(q, k, v))
+    monkeypatch.setattr(
+        __main__,
+        "flash_attn_func",
+        lambda q, k, v, causal=False, **options: flash_attn_func(q, k, v, **options),
+    )
     assert __main__.main() == 1
-    assert "FAIL cpu torch.float32" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "FAIL cpu torch.float32 (portable), causal" in output
+    assert "ok   cpu torch.float32 (portable), modifiers" in output

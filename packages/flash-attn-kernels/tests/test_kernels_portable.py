@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from flash_attn_kernels import blockwise, explain, flash_attn_func, flash_attn_varlen_func
+from flash_attn_kernels.inputs import ScoreModifiers
 from flash_attn_kernels.options import AttentionOptions, make_options
 from flash_attn_kernels.philox import draw_seed_and_offset, keep_mask
 from flash_attn_kernels.reference import attention_reference
@@ -24,7 +25,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 1.5},
     "scale": {"softmax_scale": 0.7},
     "negative scale": {"softmax_scale": -0.4, "causal": True},
+    "zero scale": {"softmax_scale": 0.0},
     "softcap causal": {"softcap": 2.0, "causal": True},
+    "causal top-left": {"causal": True, "causal_alignment": "top-left"},
+    "window top-left": {"window_size": (7, 3), "causal_alignment": "top-left"},
 }
 
 
@@ -80,7 +84,8 @@ def test_every_option_matches_the_definition(name: str, lengths: tuple[int, int]
     slopes = torch.rand(4, dtype=torch.float64)
 
     def reference(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
-        return attention_reference(q, k, v, normalised(8, **options), alibi_slopes=slopes)[:2]
+        modifiers = ScoreModifiers(alibi_slopes=slopes.reshape(-1, 4))
+        return attention_reference(q, k, v, normalised(8, **options), modifiers=modifiers)[:2]
 
     def ours(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
         return flash_attn_func(q, k, v, alibi_slopes=slopes, return_lse=True, **options)
@@ -341,8 +346,11 @@ def test_autocast_runs_in_the_autocast_dtype() -> None:
     assert flash_attn_func(*tensors).dtype == torch.float32
 
 
-def test_memory_is_linear_in_sequence_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest tensor of a long call is a block of scores, not the whole matrix."""
+@pytest.mark.parametrize("bias_shape", [None, (1, 1, 1, 2048), (1, 1, 2048, 1), (1, 1, 1, 1)], ids=str)
+def test_memory_is_linear_in_sequence_length(
+    bias_shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest tensor of a long call is a block of scores, not the whole matrix; nor is the gradient of a bias."""
     monkeypatch.setattr(blockwise, "QUERY_BLOCK", 64)
     monkeypatch.setattr(blockwise, "KEY_BLOCK", 64)
     largest = 0
@@ -357,8 +365,9 @@ def test_memory_is_linear_in_sequence_length(monkeypatch: pytest.MonkeyPatch) ->
             return result
 
     q, k, v = (torch.randn(1, 2048, 1, 4, requires_grad=True) for _ in range(3))
+    bias = None if bias_shape is None else torch.randn(bias_shape, requires_grad=True)
     with LargestTensor():
-        flash_attn_func(q, k, v, causal=True).sum().backward()
+        flash_attn_func(q, k, v, causal=True, attn_bias=bias).sum().backward()
     assert largest == q.numel() * 4, "no tensor should be larger than q itself"
 
 

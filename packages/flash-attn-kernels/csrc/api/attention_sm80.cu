@@ -1,6 +1,4 @@
-// Operators of the sm80 attention path: argument checks, parameters, choice of the instantiation.
-//
-// Users meet the checks of the Python functions; the ones here only keep a direct caller from a bad launch.
+// Operators of the sm80 attention path: outputs, scratch, choice of the instantiation.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -9,174 +7,221 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <climits>
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
 #include "../attention/params.h"
-#include "../attention/sm80/config.h"
+#include "../attention/sequence.cuh"
+#include "../attention/sm80/head_dims.h"
 #include "../attention/sm80/launch.h"
-#include "../attention/visible_range.cuh"
+#include "attention_arguments.h"
 #include "device.h"
 
 namespace flash_attn::api {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 namespace {
 
-Tensor new_like(const Tensor& x) { return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}); }
-
-TensorView view_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
-// x itself where its rows can be copied in 16-byte chunks, otherwise a contiguous copy.
-Tensor with_aligned_rows(const char* name, const Tensor& x, const Tensor& q) {
-  STD_TORCH_CHECK(x.dim() == 4, name, ": got ", x.dim(), " dimensions, expected (batch, seqlen, heads, head_dim)");
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index(), name, ": must be on the device of q");
-  STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), name, ": must have the dtype of q");
-  STD_TORCH_CHECK(x.size(1) < Window::kUnbounded, name, ": seqlen must be below 2^30");
-  const bool aligned = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 &&
-                       x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 && x.stride(2) % 8 == 0;
-  if (aligned) return x;
-  Tensor copy = new_like(x);
-  torch::stable::copy_(copy, x);
-  return copy;
+// Calls function(element, variant), both by value as tags.
+template <typename Function>
+void for_kernel(const Tensor& q, const AttentionParams& params, const Function& function) {
+  const bool general = needs_general(params.modifiers, params.softmax_scale);
+  sm80::with_variant(params.shape.head_dim, params.shape.head_dim_v, general, [&](auto variant) {
+    q.scalar_type() == ScalarType::BFloat16 ? function(__nv_bfloat16{}, variant) : function(__half{}, variant);
+  });
 }
 
-ProblemShape check_problem(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale) {
-  STD_TORCH_CHECK(q.scalar_type() == ScalarType::Half || q.scalar_type() == ScalarType::BFloat16,
-                  "q: must be float16 or bfloat16");
-  STD_TORCH_CHECK(q.size(3) == k.size(3) && q.size(3) == v.size(3), "q, k, v: head dims must be equal");
-  STD_TORCH_CHECK(q.size(3) == 64 || q.size(3) == 128, "q: got head_dim ", q.size(3), ", expected 64 or 128");
-  STD_TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0), "q, k, v: batch sizes must be equal");
-  STD_TORCH_CHECK(k.size(1) == v.size(1) && k.size(2) == v.size(2), "k, v: shapes must be equal");
-  STD_TORCH_CHECK(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "q: heads must be a multiple of the heads of k");
-  STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale: must be positive");
-  // One block per (batch, head, tile of at least 64 rows) has to fit a grid of 2^31 - 1 blocks.
-  const int64_t blocks = q.size(0) * q.size(2) * (1 + (q.size(1) > k.size(1) ? q.size(1) : k.size(1)) / 64);
-  STD_TORCH_CHECK(blocks <= INT_MAX, "q: batch * heads * seqlen is too large for one launch");
-  return {static_cast<int>(q.size(0)), static_cast<int>(q.size(2)), static_cast<int>(q.size(2) / k.size(2)),
-          static_cast<int>(q.size(1)), static_cast<int>(k.size(1))};
+sm80::TileShape forward_tile(int head_dim, int head_dim_v, bool general, int shared_bytes) {
+  return sm80::with_variant(head_dim, head_dim_v, general, [&]<typename Variant>(Variant) {
+    return sm80::with_forward_config<Variant>(shared_bytes, []<typename Config>(Config) { return Config::kShape; });
+  });
 }
 
-Window window_of(int64_t left, int64_t right) {
-  const auto side = [](int64_t size) {
-    return size < 0 || size > Window::kUnbounded ? Window::kUnbounded : static_cast<int>(size);
-  };
-  return {side(left), side(right)};
+sm80::TileShape backward_tile(int head_dim, int head_dim_v, bool general, bool deterministic, int shared_bytes) {
+  return sm80::with_variant(head_dim, head_dim_v, general, [&]<typename Variant>(Variant) {
+    return sm80::with_backward_config<Variant>(deterministic, shared_bytes,
+                                               []<typename Config>(Config) { return Config::kShape; });
+  });
 }
 
-AttentionParams attention_params(const ProblemShape& shape, const Tensor& q, const Tensor& k, const Tensor& v,
-                                 const Tensor& out, double softmax_scale, int64_t window_left, int64_t window_right) {
-  return {
-      .shape = shape,
-      .window = window_of(window_left, window_right),
-      .softmax_scale = static_cast<float>(softmax_scale),
-      .softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634),
-      .q = view_of(q),
-      .k = view_of(k),
-      .v = view_of(v),
-      .out = view_of(out),
-  };
+float* float_data(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
+
+Tensor no_gradient(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }
+
+// Into how many parts the query heads of one key-value head are divided among blocks, so that few long sequences with
+// few key-value heads still fill the device.
+int group_splits(const AttentionParams& params, int key_slots, int multiprocessors) {
+  const int group = params.shape.heads_per_kv_head;
+  const int64_t blocks = static_cast<int64_t>(key_slots) * (params.shape.heads / group);
+  if (blocks == 0) return 1;
+  return static_cast<int>(std::clamp<int64_t>(2 * multiprocessors / blocks, 1, group));
 }
 
-Tensor new_scratch(const Tensor& like, int64_t elements, ScalarType dtype) {
-  return torch::stable::new_empty(like, {elements}, dtype);
+// As many heads as it takes that blocks which run together seldom add to the same tile of dQ: their key tiles then
+// outnumber what the device runs at a time (at most two blocks per multiprocessor).
+int deterministic_interleave(const AttentionParams& params, int key_slots, int multiprocessors) {
+  if (params.window.right != Window::kUnbounded) return 1;  // no block waits for its first turn, see BackwardWork
+  const int tiles = std::max(key_slots / std::max(params.shape.batch, 1), 1);
+  return std::max(2 * multiprocessors / tiles, 1);
 }
-
-template <template <typename, int> typename Call, typename... Args>
-void for_type_and_head_dim(const Tensor& q, Args&&... args) {
-  const bool bf16 = q.scalar_type() == ScalarType::BFloat16;
-  if (q.size(3) == 64) {
-    bf16 ? Call<__nv_bfloat16, 64>::run(args...) : Call<__half, 64>::run(args...);
-  } else {
-    bf16 ? Call<__nv_bfloat16, 128>::run(args...) : Call<__half, 128>::run(args...);
-  }
-}
-
-template <typename Element, int kHeadDim>
-struct Forward {
-  static void run(const ForwardParams& params, cudaStream_t stream) {
-    sm80::launch_forward<Element, kHeadDim>(params, stream);
-  }
-};
-
-template <typename Element, int kHeadDim>
-struct Backward {
-  static void run(const BackwardParams& params, int shared_bytes, cudaStream_t stream) {
-    sm80::launch_backward<Element, kHeadDim>(params, shared_bytes, stream);
-  }
-};
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> sm80_forward(Tensor q, Tensor k, Tensor v, double softmax_scale, int64_t window_left,
-                                        int64_t window_right) {
+std::tuple<Tensor, Tensor> sm80_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> cu_seqlens_q,
+                                        std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> seqused_q,
+                                        std::optional<Tensor> seqused_k, std::optional<Tensor> block_table,
+                                        std::optional<Tensor> attn_bias, std::optional<Tensor> attn_mask,
+                                        std::optional<Tensor> key_padding_mask, std::optional<Tensor> alibi_slopes,
+                                        std::optional<Tensor> learnable_sink, std::optional<Tensor> seed_and_offset,
+                                        double softmax_scale, int64_t window_left, int64_t window_right, bool top_left,
+                                        double softcap, double dropout_p) {
+  const AttentionArguments arguments{cu_seqlens_q,  cu_seqlens_k, seqused_q,        seqused_k,
+                                     block_table,   attn_bias,    attn_mask,        key_padding_mask,
+                                     alibi_slopes,  learnable_sink, seed_and_offset, softmax_scale,
+                                     window_left,   window_right, top_left,         softcap,
+                                     dropout_p};
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  q = with_aligned_rows("q", q, q), k = with_aligned_rows("k", k, q), v = with_aligned_rows("v", v, q);
-  const ProblemShape shape = check_problem(q, k, v, softmax_scale);
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)});
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
-  const ForwardParams params{
-      attention_params(shape, q, k, v, out, softmax_scale, window_left, window_right),
-      static_cast<float*>(lse.data_ptr()),
-  };
-  for_type_and_head_dim<Forward>(q, params, current_stream(q));
+  const int64_t dim = arguments.packed() ? 3 : 4, key_dim = arguments.paged() ? 4 : dim;
+  q = with_dense_rows("q", q, dim, q);
+  k = with_dense_rows("k", k, key_dim, q), v = with_dense_rows("v", v, key_dim, q);
+  const int64_t head_dim_v = v.size(key_dim - 1);
+  Tensor out = dim == 3 ? torch::stable::new_empty(q, {q.size(0), q.size(1), head_dim_v})
+                        : torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), head_dim_v});
+  Tensor lse = dim == 3 ? torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float)
+                        : torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  const ForwardParams params{attention_params(arguments, q, k, v, out, {&q, &k, &v, &out}), float_data(lse), 0};
+  const int shared_bytes = device_limits(q.get_device_index()).shared_bytes_per_block;
+  const cudaStream_t stream = current_stream(q);
+  for_kernel(q, params, [&]<typename Element, typename Variant>(Element, Variant) {
+    sm80::launch_forward<Element, Variant>(params, shared_bytes, stream);
+  });
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> sm80_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-                                                 std::optional<Tensor> dlse, double softmax_scale, int64_t window_left,
-                                                 int64_t window_right, bool deterministic) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sm80_backward(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, std::optional<Tensor> dlse,
+    std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> seqused_q,
+    std::optional<Tensor> seqused_k, std::optional<Tensor> block_table, std::optional<Tensor> attn_bias,
+    std::optional<Tensor> attn_mask, std::optional<Tensor> key_padding_mask, std::optional<Tensor> alibi_slopes,
+    std::optional<Tensor> learnable_sink, std::optional<Tensor> seed_and_offset, double softmax_scale,
+    int64_t window_left, int64_t window_right, bool top_left, double softcap, double dropout_p, bool deterministic,
+    bool needs_attn_bias, bool needs_alibi_slopes, bool needs_learnable_sink) {
+  const AttentionArguments arguments{cu_seqlens_q,  cu_seqlens_k, seqused_q,        seqused_k,
+                                     block_table,   attn_bias,    attn_mask,        key_padding_mask,
+                                     alibi_slopes,  learnable_sink, seed_and_offset, softmax_scale,
+                                     window_left,   window_right, top_left,         softcap,
+                                     dropout_p};
+  STD_TORCH_CHECK(!arguments.paged(), "block_table: paged keys have no backward");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  q = with_aligned_rows("q", q, q), k = with_aligned_rows("k", k, q), v = with_aligned_rows("v", v, q);
-  out = with_aligned_rows("out", out, q), dout = with_aligned_rows("dout", dout, q);
-  const ProblemShape shape = check_problem(q, k, v, softmax_scale);
+  const int64_t dim = arguments.packed() ? 3 : 4;
+  q = with_dense_rows("q", q, dim, q), k = with_dense_rows("k", k, dim, q), v = with_dense_rows("v", v, dim, q);
+  out = with_dense_rows("out", out, dim, q), dout = with_dense_rows("dout", dout, dim, q);
   const auto check_lse = [&](const char* name, const Tensor& x) {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.dim() == 3 &&
-                        x.size(0) == q.size(0) && x.size(1) == q.size(2) && x.size(2) == q.size(1),
-                    name, ": must be contiguous float32 (batch, heads, seqlen)");
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.dim() == dim - 1 &&
+                        x.numel() == q.numel() / q.size(dim - 1),
+                    name, ": must be contiguous float32, one number for each query and head");
   };
   check_lse("lse", lse);
   if (dlse.has_value()) check_lse("dlse", *dlse);
-  const cudaStream_t stream = current_stream(q);
 
-  Tensor dq = new_like(q), dk = new_like(k), dv = new_like(v);
+  Tensor dq = new_contiguous(q), dk = new_contiguous(k), dv = new_contiguous(v);
+  BackwardParams params{attention_params(arguments, q, k, v, out, {&q, &k, &v, &out, &dout, &dq, &dk, &dv})};
+  const ProblemShape& shape = params.shape;
+  const DeviceLimits& limits = device_limits(q.get_device_index());
+  const bool general = needs_general(params.modifiers, params.softmax_scale);
+  const sm80::TileShape tile =
+      backward_tile(shape.head_dim, shape.head_dim_v, general, deterministic, limits.shared_bytes_per_block);
+  params.dout = view_of(dout), params.dq = view_of(dq), params.dk = view_of(dk), params.dv = view_of(dv);
+  params.lse = float_data(lse);
+  params.dlse = dlse.has_value() ? float_data(*dlse) : nullptr;
+  params.query_slots = slot_count(params.queries, shape.batch, tile.rows);
+  params.key_slots = slot_count(params.keys, shape.batch, tile.columns);
+  params.group_splits = group_splits(params, params.key_slots, limits.multiprocessors);
+  params.head_interleave =
+      deterministic ? deterministic_interleave(params, params.key_slots, limits.multiprocessors) : 1;
 
-  const int shared_bytes = shared_bytes_per_block(q.get_device_index());
-  const int rows = q.size(3) == 64 ? sm80::backward_rows<64>(shared_bytes) : sm80::backward_rows<128>(shared_bytes);
-  const int query_tiles = ceil_div(shape.seqlen_q, rows);
-  const int64_t tiles = static_cast<int64_t>(query_tiles) * shape.heads * shape.batch;
-  Tensor lse_log2 = new_scratch(q, tiles * rows, ScalarType::Float);
-  Tensor delta = new_scratch(q, tiles * rows, ScalarType::Float);
-  const int64_t accumulator_elements = tiles * rows * q.size(3);
-  Tensor dq_accumulator = new_scratch(q, accumulator_elements, ScalarType::Float);
-  FLASH_ATTN_CUDA_CHECK(cudaMemsetAsync(dq_accumulator.data_ptr(), 0, accumulator_elements * sizeof(float), stream));
-  Tensor dq_turn = new_scratch(q, deterministic ? tiles : 0, ScalarType::Int);
-  if (deterministic) FLASH_ATTN_CUDA_CHECK(cudaMemsetAsync(dq_turn.data_ptr(), 0, tiles * sizeof(int), stream));
-
-  const BackwardParams params{
-      attention_params(shape, q, k, v, out, softmax_scale, window_left, window_right),
-      /*dout=*/view_of(dout),
-      /*dq=*/view_of(dq),
-      /*dk=*/view_of(dk),
-      /*dv=*/view_of(dv),
-      /*lse=*/static_cast<const float*>(lse.data_ptr()),
-      /*dlse=*/dlse.has_value() ? static_cast<const float*>(dlse->data_ptr()) : nullptr,
-      /*query_tiles=*/query_tiles,
-      /*lse_log2=*/static_cast<float*>(lse_log2.data_ptr()),
-      /*delta=*/static_cast<float*>(delta.data_ptr()),
-      /*dq_accumulator=*/static_cast<float*>(dq_accumulator.data_ptr()),
-      /*dq_turn=*/deterministic ? static_cast<int*>(dq_turn.data_ptr()) : nullptr,
+  const int64_t query_tiles = static_cast<int64_t>(params.query_slots) * shape.heads;
+  const auto scratch = [&](int64_t elements) { return torch::stable::new_empty(q, {elements}, ScalarType::Float); };
+  const auto zeros = [&](std::initializer_list<int64_t> sizes, ScalarType dtype) {
+    return torch::stable::new_zeros(q, sizes, dtype);
   };
-  for_type_and_head_dim<Backward>(q, params, shared_bytes, stream);
-  return {dq, dk, dv};
+  const Tensor lse_log2 = scratch(query_tiles * tile.rows), delta = scratch(query_tiles * tile.rows);
+  const Tensor dq_accumulator = zeros({query_tiles * tile.rows * tile.head_dim}, ScalarType::Float);
+  const Tensor dq_turn = zeros({deterministic ? query_tiles : 0}, ScalarType::Int);
+  const int64_t parts = params.group_splits > 1 ? params.group_splits : 0;
+  const Tensor dk_partial = scratch(parts * k.numel()), dv_partial = scratch(parts * v.numel());
+  const Tensor sink_partial = scratch(needs_learnable_sink ? query_tiles : 0);
+  const int64_t key_tiles = static_cast<int64_t>(params.key_slots) * shape.heads;
+  const Tensor slope_partial = zeros({needs_alibi_slopes ? key_tiles * tile.warps : 0}, ScalarType::Float);
+  params.lse_log2 = float_data(lse_log2), params.delta = float_data(delta);
+  params.dq_accumulator = float_data(dq_accumulator);
+  params.dq_turn = deterministic ? static_cast<int*>(dq_turn.data_ptr()) : nullptr;
+  params.dk_partial = parts > 0 ? float_data(dk_partial) : nullptr;
+  params.dv_partial = parts > 0 ? float_data(dv_partial) : nullptr;
+  params.sink_partial = needs_learnable_sink ? float_data(sink_partial) : nullptr;
+  params.slope_partial = needs_alibi_slopes ? float_data(slope_partial) : nullptr;
+
+  Tensor dbias = no_gradient(q), dslopes = no_gradient(q), dsink = no_gradient(q);
+  if (needs_attn_bias) {
+    STD_TORCH_CHECK(attn_bias.has_value(), "needs_attn_bias: there is no attn_bias");
+    const Tensor& bias = *attn_bias;
+    // Every score of a dense call has its own entry of a full bias; any other is a sum, in fp32.
+    params.dbias_is_stored = !arguments.packed() && bias.size(0) == shape.batch && bias.size(1) == shape.heads &&
+                             bias.size(2) == params.queries.rows && bias.size(3) == params.keys.rows;
+    dbias = torch::stable::new_zeros(bias, bias.sizes(),
+                                     params.dbias_is_stored ? bias.scalar_type() : ScalarType::Float);
+    params.dbias = score_tensor("dbias", dbias, shape);
+    if (params.dbias_is_stored) {  // a size of 1 is not broadcast, then
+      params.dbias.rows = params.queries.rows, params.dbias.columns = params.keys.rows;
+    }
+  }
+  const cudaStream_t stream = current_stream(q);
+  for_kernel(q, params, [&]<typename Element, typename Variant>(Element, Variant) {
+    sm80::launch_backward<Element, Variant>(params, limits.shared_bytes_per_block, stream);
+  });
+  if (needs_alibi_slopes) {
+    dslopes = torch::stable::new_empty(q, {shape.batch, shape.heads}, ScalarType::Float);
+    sm80::launch_partial_sum({params.keys, shape.batch, shape.heads, tile.columns, params.key_slots, tile.warps,
+                              params.slope_partial, float_data(dslopes)},
+                             stream);
+  }
+  if (needs_learnable_sink) {
+    dsink = torch::stable::new_empty(q, {shape.batch, shape.heads}, ScalarType::Float);
+    sm80::launch_partial_sum({params.queries, shape.batch, shape.heads, tile.rows, params.query_slots, 1,
+                              params.sink_partial, float_data(dsink)},
+                             stream);
+  }
+  return {dq, dk, dv, dbias, dslopes, dsink};
+}
+
+namespace {
+
+std::tuple<int64_t, int64_t, int64_t, int64_t> numbers(const sm80::TileShape& tile) {
+  return {tile.rows, tile.columns, tile.warps, tile.shared_bytes};
+}
+
+}  // namespace
+
+std::tuple<int64_t, int64_t, int64_t, int64_t> sm80_forward_tile(int64_t head_dim, int64_t head_dim_v, bool general,
+                                                                 int64_t shared_bytes) {
+  return numbers(forward_tile(static_cast<int>(head_dim), static_cast<int>(head_dim_v), general,
+                              static_cast<int>(shared_bytes)));
+}
+
+std::tuple<int64_t, int64_t, int64_t, int64_t> sm80_backward_tile(int64_t head_dim, int64_t head_dim_v, bool general,
+                                                                  bool deterministic, int64_t shared_bytes) {
+  return numbers(backward_tile(static_cast<int>(head_dim), static_cast<int>(head_dim_v), general, deterministic,
+                               static_cast<int>(shared_bytes)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_kernels, CUDA, m) {
   m.impl("sm80_forward", TORCH_BOX(&sm80_forward));
   m.impl("sm80_backward", TORCH_BOX(&sm80_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_kernels, CompositeImplicitAutograd, m) {
+  m.impl("sm80_forward_tile", TORCH_BOX(&sm80_forward_tile));
+  m.impl("sm80_backward_tile", TORCH_BOX(&sm80_backward_tile));
 }
 
 }  // namespace flash_attn::api

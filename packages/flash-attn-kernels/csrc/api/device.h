@@ -5,6 +5,9 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
+#include <mutex>
+
 #include "cuda_check.h"
 
 // Weak, so that the library also loads in CPU-only torch, which lacks this function.
@@ -19,11 +22,24 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Shared memory that one block may use when it asks for it.
-inline int shared_bytes_per_block(int device) {
-  int bytes = 0;
-  FLASH_ATTN_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
+struct DeviceLimits {
+  int shared_bytes_per_block;  // that one block may use when it asks for it
+  int multiprocessors;
+};
+
+// Asked for once for each device: a query costs microseconds.
+inline const DeviceLimits& device_limits(int device) {
+  constexpr int kDevices = 64;
+  static std::array<std::once_flag, kDevices> asked;
+  static std::array<DeviceLimits, kDevices> limits;
+  STD_TORCH_CHECK(device >= 0 && device < kDevices, "got device ", device, ", expected one below ", kDevices);
+  std::call_once(asked[device], [device] {
+    FLASH_ATTN_CUDA_CHECK(cudaDeviceGetAttribute(&limits[device].shared_bytes_per_block,
+                                                 cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    FLASH_ATTN_CUDA_CHECK(
+        cudaDeviceGetAttribute(&limits[device].multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  });
+  return limits[device];
 }
 
 }  // namespace flash_attn::api

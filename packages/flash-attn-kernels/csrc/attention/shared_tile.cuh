@@ -1,4 +1,4 @@
-// Tiles of 16-bit elements in shared memory, their copies to and from global memory, and their fragments.
+// Tiles of 16-bit elements in shared memory and their fragments.
 //
 // A tile is cut into panels 64 elements (128 bytes) wide. Inside a panel the 16-byte chunk c of row r is stored at
 // chunk c ^ (r % 8): eight rows of one chunk column then lie in eight different bank groups, so ldmatrix, its
@@ -8,22 +8,21 @@
 #include <cstdint>
 
 #include "../ptx/convert.cuh"
-#include "../ptx/cp_async.cuh"
-#include "../ptx/ldmatrix.cuh"
-#include "params.h"
 
 namespace flash_attn {
 
-constexpr int kChunkElements = 8;   // 16 bytes
+constexpr int kChunkElements = 8;  // 16 bytes
+constexpr int kPanelChunks = 8;
 constexpr int kPanelElements = 64;  // 128 bytes
 constexpr int kRowBytes = 128;
 
 template <int kRows_, int kColumns_>
 struct SharedTile {
   static constexpr int kRows = kRows_, kColumns = kColumns_;
-  static_assert(kColumns % kPanelElements == 0 && kRows % 16 == 0);
-  static constexpr int kBytes = kRows * kColumns * 2;
+  static_assert(kColumns % 16 == 0 && kRows % 16 == 0);
+  static constexpr int kPanels = (kColumns + kPanelElements - 1) / kPanelElements;
   static constexpr int kPanelBytes = kRows * kRowBytes;
+  static constexpr int kBytes = kPanels * kPanelBytes;
 
   uint32_t base;  // shared-memory address
 
@@ -51,26 +50,6 @@ struct LaneOffsets {
   }
 };
 
-// Starts copying rows [first_row, first_row + kRows) of one (batch, head) matrix; rows past `row_count` become zeros.
-template <int kThreads, typename Tile>
-__device__ __forceinline__ void load_tile_async(const Tile& tile, const uint16_t* matrix, int64_t row_stride,
-                                                int first_row, int row_count, int thread) {
-  constexpr int kChunks = Tile::kColumns / kChunkElements;
-  constexpr int kRowsPerPass = kThreads / kChunks;
-  static_assert(kThreads % kChunks == 0 && Tile::kRows % kRowsPerPass == 0 && kRowsPerPass % 8 == 0);
-  const int chunk = thread % kChunks, row = thread / kChunks;
-  const uint32_t target = tile.chunk_address(row, chunk);
-  const int valid_rows = row_count - first_row - row;
-  const uint16_t* source = matrix + (first_row + row) * row_stride + chunk * kChunkElements;
-  int64_t step = kRowsPerPass * row_stride;
-  asm volatile("" : "+l"(step));  // or the offsets of all passes get hoisted into registers that do not exist
-#pragma unroll
-  for (int pass = 0; pass < Tile::kRows / kRowsPerPass; ++pass) {
-    ptx::cp_async_16(target + pass * kRowsPerPass * kRowBytes, source, pass * kRowsPerPass < valid_rows);
-    source += step;
-  }
-}
-
 // Rounds accumulator fragments to 16 bits and stores them at (row, column) of a tile; lane in [0, 32).
 template <typename Element, typename Tile, int kRowTiles, int kColumnTiles>
 __device__ __forceinline__ void store_fragments(const Tile& tile, const float (&fragments)[kRowTiles][kColumnTiles][4],
@@ -87,33 +66,6 @@ __device__ __forceinline__ void store_fragments(const Tile& tile, const float (&
       }
     }
   }
-}
-
-// Copies rows [tile_row, tile_row + kCopyRows) of a tile to matrix rows first_row + tile_row + ..., up to row_count.
-template <int kThreads, int kCopyRows, typename Tile>
-__device__ __forceinline__ void store_tile(const Tile& tile, uint16_t* matrix, int64_t row_stride, int tile_row,
-                                           int first_row, int row_count, int thread) {
-  constexpr int kChunks = Tile::kColumns / kChunkElements;
-  constexpr int kRowsPerPass = kThreads / kChunks;
-  static_assert(kThreads % kChunks == 0 && kCopyRows % kRowsPerPass == 0);
-  const int chunk = thread % kChunks;
-#pragma unroll
-  for (int pass = 0; pass < kCopyRows / kRowsPerPass; ++pass) {
-    const int row = tile_row + thread / kChunks + pass * kRowsPerPass;
-    uint4 value;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "r"(tile.chunk_address(row, chunk))
-                 : "memory");
-    if (first_row + row < row_count) {
-      *reinterpret_cast<uint4*>(matrix + (first_row + row) * row_stride + chunk * kChunkElements) = value;
-    }
-  }
-}
-
-// The 16-bit matrix of one (batch, head).
-__device__ __forceinline__ uint16_t* matrix_of(const TensorView& view, int batch, int head) {
-  return static_cast<uint16_t*>(view.data) + batch * view.batch_stride + head * view.head_stride;
 }
 
 }  // namespace flash_attn

@@ -62,17 +62,28 @@ struct OnlineSoftmax {
     }
   }
 
-  // Normalises the accumulator and leaves the natural log-sum-exp of each row in `sum`.
+  // Normalises the accumulator times `out_scale` and leaves the natural log-sum-exp of each row in `sum`. Rows from
+  // `row_count` on do not exist: they get output 0 and log-sum-exp -inf, as rows do that see nothing. `first_row` is
+  // the thread's first row; `scale` turns scores into natural logarithms; the sink, unless -inf, is one more of them.
   template <int kOutTiles>
-  __device__ __forceinline__ void finalize(float (&accumulator)[kRowTiles][kOutTiles][4], float softmax_scale) {
+  __device__ __forceinline__ void finalize(float (&accumulator)[kRowTiles][kOutTiles][4], float scale, float out_scale,
+                                           float sink, int first_row, int row_count) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int i = r / 2, half = r % 2;
       sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
       sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
-      const bool empty = sum[r] == 0.f;
-      const float normaliser = empty ? 0.f : 1.f / sum[r];
-      sum[r] = empty ? -INFINITY : fmaf(maximum[r], softmax_scale, logf(sum[r]));
+      float shift = sum[r] == 0.f ? -INFINITY : maximum[r] * scale;
+      float normaliser = 1.f;
+      if (sink != -INFINITY) {
+        const float with_sink = fmaxf(shift, sink);
+        normaliser = ptx::exp2((shift - with_sink) * 1.4426950408889634f);
+        sum[r] = sum[r] * normaliser + ptx::exp2((sink - with_sink) * 1.4426950408889634f);
+        shift = with_sink;
+      }
+      const bool empty = sum[r] == 0.f || first_row + 16 * i + 8 * half >= row_count;
+      normaliser = empty ? 0.f : normaliser * out_scale / sum[r];
+      sum[r] = empty ? -INFINITY : shift + logf(sum[r]);
 #pragma unroll
       for (int j = 0; j < kOutTiles; ++j) {
         accumulator[i][j][2 * half] *= normaliser;

@@ -2,12 +2,9 @@
 #pragma once
 
 #include "params.h"
+#include "sequence.cuh"
 
 namespace flash_attn {
-
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-// Division that rounds towards minus infinity, for tile indices computed from negative positions.
-__host__ __device__ constexpr int floor_div(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
 // Tiles [begin, end) contain something visible; of them [clean_begin, clean_end) need no mask at all.
 struct TileRange {
@@ -15,13 +12,14 @@ struct TileRange {
 };
 
 // Key tiles of `columns` keys seen by queries [query, query + rows).
-__device__ __forceinline__ TileRange visible_key_tiles(const ProblemShape& shape, const Window& window, int query,
+__device__ __forceinline__ TileRange visible_key_tiles(const Sequence& sequence, const Window& window, int query,
                                                        int rows, int columns) {
-  const int diagonal = query + shape.seqlen_k - shape.seqlen_q;
+  const int diagonal = query + sequence.shift;
   TileRange range;
   range.begin = max(0, floor_div(diagonal - window.left, columns));
-  range.end = min(ceil_div(shape.seqlen_k, columns), floor_div(diagonal + rows - 1 + window.right, columns) + 1);
-  range.clean_end = min(shape.seqlen_k / columns, floor_div(diagonal + window.right + 1, columns));
+  range.end = min(ceil_div(sequence.seqlen_k, columns), floor_div(diagonal + rows - 1 + window.right, columns) + 1);
+  if (query >= sequence.seqlen_q) range.end = range.begin;
+  range.clean_end = min(sequence.seqlen_k / columns, floor_div(diagonal + window.right + 1, columns));
   range.clean_begin = -floor_div(-(diagonal + rows - 1 - window.left), columns);
   range.clean_begin = min(max(range.clean_begin, range.begin), range.end);
   range.clean_end = min(max(range.clean_end, range.clean_begin), range.end);
@@ -33,21 +31,22 @@ struct QueryTiles {
   int begin, end;
 };
 
-__device__ __forceinline__ QueryTiles visible_query_tiles(const ProblemShape& shape, const Window& window, int key,
+__device__ __forceinline__ QueryTiles visible_query_tiles(const Sequence& sequence, const Window& window, int key,
                                                           int columns, int rows) {
-  const int shift = shape.seqlen_q - shape.seqlen_k;  // the query on whose diagonal key 0 lies
+  const int diagonal = key - sequence.shift;  // the query on whose diagonal the first key lies
   QueryTiles tiles;
-  tiles.begin = max(0, floor_div(key + shift - window.right, rows));
-  tiles.end = min(ceil_div(shape.seqlen_q, rows), floor_div(key + columns - 1 + shift + window.left, rows) + 1);
+  tiles.begin = max(0, floor_div(diagonal - window.right, rows));
+  tiles.end = min(ceil_div(sequence.seqlen_q, rows), floor_div(diagonal + columns - 1 + window.left, rows) + 1);
+  if (key >= sequence.seqlen_k) tiles.end = tiles.begin;
   tiles.end = max(tiles.begin, tiles.end);
   return tiles;
 }
 
 // Whether every query of a tile sees every key of a tile, so that no mask is needed.
-__device__ __forceinline__ bool is_clean(const ProblemShape& shape, const Window& window, int query, int rows, int key,
+__device__ __forceinline__ bool is_clean(const Sequence& sequence, const Window& window, int query, int rows, int key,
                                          int columns) {
-  const int diagonal = query + shape.seqlen_k - shape.seqlen_q;
-  return key + columns <= shape.seqlen_k && key + columns - 1 <= diagonal + window.right &&
+  const int diagonal = query + sequence.shift;
+  return key + columns <= sequence.seqlen_k && key + columns - 1 <= diagonal + window.right &&
          key >= diagonal + rows - 1 - window.left;
 }
 

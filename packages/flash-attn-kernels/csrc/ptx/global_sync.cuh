@@ -16,10 +16,13 @@ __device__ __forceinline__ void global_add_4(float* address, const float (&value
 }
 #endif
 
-__device__ __forceinline__ int load_acquire(const int* address) {
+// Waits by relaxed loads, because every acquiring one would empty the L1 cache; the last one acquires.
+__device__ __forceinline__ void wait_until_equal(const int* address, int expected) {
   int value;
+  do {
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  } while (value != expected);
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-  return value;
 }
 
 __device__ __forceinline__ void add_release(int* address, int value) {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-SM80_HEAD_DIMS = (64, 128)
+SM80_MAX_HEAD_DIM = 256
 SM80_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -20,10 +20,11 @@ class AttentionProblem:
     head_dim: int
     head_dim_v: int
     layout: str  # "dense", "packed" or "paged"
-    softmax_scale_is_positive: bool
-    has_softcap: bool
-    has_alibi: bool
-    has_dropout: bool
+    deterministic: bool
+    needs_gradient: bool
+    sums_broadcast_bias: (
+        bool  # a gradient is needed of a bias whose elements are added to several scores each
+    )
     library_error: str | None
 
 
@@ -55,20 +56,15 @@ def _why_not_sm80(problem: AttentionProblem) -> tuple[str, ...]:
         reasons.append(f"compute capability {major}.{minor} is below 8.0")
     if problem.dtype not in SM80_DTYPES:
         reasons.append(f"dtype {problem.dtype} is neither float16 nor bfloat16")
-    if problem.head_dim != problem.head_dim_v or problem.head_dim not in SM80_HEAD_DIMS:
-        dims = " or ".join(map(str, SM80_HEAD_DIMS))
-        reasons.append(f"head dims (q/k {problem.head_dim}, v {problem.head_dim_v}) are not both {dims}")
-    if problem.layout != "dense":
-        reasons.append(f"{problem.layout} sequences")
-    if not problem.softmax_scale_is_positive:
-        reasons.append("softmax_scale is not positive")
-    for present, name in (
-        (problem.has_softcap, "softcap"),
-        (problem.has_alibi, "alibi_slopes"),
-        (problem.has_dropout, "dropout_p"),
-    ):
-        if present:
-            reasons.append(f"{name} is set")
+    if max(problem.head_dim, problem.head_dim_v) > SM80_MAX_HEAD_DIM:
+        dims = f"q/k {problem.head_dim}, v {problem.head_dim_v}"
+        reasons.append(f"a head dim ({dims}) is above {SM80_MAX_HEAD_DIM}")
+    if problem.layout == "paged" and problem.needs_gradient:
+        reasons.append("a gradient is needed through paged keys and values")
+    if problem.deterministic and problem.sums_broadcast_bias:
+        reasons.append(
+            "deterministic is set, and the gradient of a broadcast attn_bias is summed in no fixed order"
+        )
     if problem.library_error is not None:
         reasons.append(problem.library_error)
     return tuple(reasons)

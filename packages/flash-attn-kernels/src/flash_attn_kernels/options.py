@@ -14,7 +14,8 @@ class AttentionOptions:
 
     ``window_left`` and ``window_right`` are ``None`` where unbounded; causal attention is ``window_right == 0``.
     ``softcap`` is 0 when off. Key j is visible to query i iff
-    ``i + Sk - Sq - window_left <= j <= i + Sk - Sq + window_right`` (bottom-right alignment).
+    ``i + shift - window_left <= j <= i + shift + window_right`` with ``shift = Sk - Sq`` (bottom-right alignment) or,
+    with ``top_left``, 0.
     """
 
     softmax_scale: float
@@ -23,6 +24,7 @@ class AttentionOptions:
     softcap: float = 0.0
     dropout_p: float = 0.0
     deterministic: bool = False
+    top_left: bool = False
 
     @property
     def is_full(self) -> bool:
@@ -34,13 +36,16 @@ class AttentionOptions:
         """The causal mask and nothing else."""
         return self.window_left is None and self.window_right == 0
 
+    def diagonal_shift(self, seqlen_q: int, seqlen_k: int) -> int:
+        """The key on whose diagonal query 0 lies: windows and ALiBi distances are measured from it."""
+        return 0 if self.top_left else seqlen_k - seqlen_q
+
     def visible_keys(self, query_begin: int, query_end: int, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
         """Half-open range of keys that at least one query of ``[query_begin, query_end)`` can see."""
-        diagonal = seqlen_k - seqlen_q
-        begin = 0 if self.window_left is None else max(0, query_begin + diagonal - self.window_left)
-        end = (
-            seqlen_k if self.window_right is None else min(seqlen_k, query_end + diagonal + self.window_right)
-        )
+        shift = self.diagonal_shift(seqlen_q, seqlen_k)
+        begin = 0 if self.window_left is None else max(0, query_begin + shift - self.window_left)
+        end = seqlen_k if self.window_right is None else min(seqlen_k, query_end + shift + self.window_right)
+        begin = min(begin, seqlen_k)
         return begin, max(begin, end)
 
 
@@ -53,12 +58,13 @@ def make_options(
     softcap: float,
     dropout_p: float,
     deterministic: bool,
+    causal_alignment: str = "bottom-right",
 ) -> AttentionOptions:
     """Check and normalise the options of a public call.
 
     Raises:
         ValueError: for a dropout probability outside [0, 1), a window below -1, a negative or non-finite softcap,
-            or a non-finite scale.
+            a non-finite scale, or an unknown alignment.
     """
     scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     if not math.isfinite(scale):
@@ -75,7 +81,19 @@ def make_options(
         raise bad_argument(
             "window_size", window_size, "(left, right) integers >= -1", "use -1 for an unbounded side"
         )
+    if causal_alignment not in ("bottom-right", "top-left"):
+        raise bad_argument(
+            "causal_alignment", repr(causal_alignment), "'bottom-right' or 'top-left'", "pass one of the two"
+        )
     left, right = (None if w == -1 else int(w) for w in window_size)
     if causal:
         right = 0
-    return AttentionOptions(scale, left, right, float(softcap), float(dropout_p), bool(deterministic))
+    return AttentionOptions(
+        scale,
+        left,
+        right,
+        float(softcap),
+        float(dropout_p),
+        bool(deterministic),
+        causal_alignment == "top-left",
+    )

@@ -13,100 +13,186 @@ import torch
 from torch import Tensor
 
 from . import blockwise
-from .inputs import AttentionInputs
+from .blockwise_scores import Sequence, compute_dtype
+from .inputs import AttentionInputs, Gradients, PackedLayout, ScoreModifiers
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Where one sequence lives: query rows as a slice, key rows as a slice or, when paged, as row numbers."""
+class _Part:
+    """What the blockwise algorithm does in one go: the whole of a dense call, or one sequence of a packed one.
 
-    index: int
+    Its methods give the part's share of a tensor as a view in the layout (1|B, S, ...) of a dense call; only the keys
+    of a paged call are gathered, into a copy.
+    """
+
+    index: int | None  # of the sequence; None for a dense call
     query: slice
-    key: slice | Tensor
+    key: slice | Tensor  # rows or, when paged, row numbers
+
+    def query_rows(self, x: Tensor) -> Tensor:
+        return x if self.index is None else x[self.query].unsqueeze(0)
+
+    def row_values(self, x_HT: Tensor) -> Tensor:
+        return x_HT if self.index is None else x_HT[:, self.query].unsqueeze(0)
+
+    def key_rows(self, x: Tensor) -> Tensor:
+        return x if self.index is None else _token_rows(x)[self.key].unsqueeze(0)
+
+    def of_batch(self, x: Tensor) -> Tensor:
+        """Of a tensor (1|B, ...), the entry of this sequence."""
+        return x if self.index is None or x.shape[0] == 1 else x[self.index : self.index + 1]
+
+    def sequence(self, inputs: AttentionInputs) -> Sequence:
+        modifiers = inputs.modifiers
+        return Sequence(
+            self.query_rows(inputs.q),
+            self.key_rows(inputs.k),
+            self.key_rows(inputs.v),
+            inputs.options,
+            ScoreModifiers(
+                attn_bias=self._of_batch_or_none(modifiers.attn_bias),
+                attn_mask=self._of_batch_or_none(modifiers.attn_mask),
+                key_padding_mask=self._of_batch_or_none(modifiers.key_padding_mask),
+                alibi_slopes=self._of_batch_or_none(modifiers.alibi_slopes),
+                learnable_sink=modifiers.learnable_sink,
+            ),
+            inputs.seed_and_offset,
+            batch_offset=self.index or 0,
+        )
+
+    def gradients(self, total: Gradients) -> Gradients:
+        """Views of the total where this part adds its own; for gathered keys a buffer of zeros."""
+        dk, dv = self.key_rows(total.k), self.key_rows(total.v)
+        if isinstance(self.key, Tensor):
+            dk, dv = torch.zeros_like(dk), torch.zeros_like(dv)
+        return Gradients(
+            self.query_rows(total.q),
+            dk,
+            dv,
+            attn_bias=self._of_batch_or_none(total.attn_bias),
+            alibi_slopes=self._of_batch_or_none(total.alibi_slopes),
+            learnable_sink=total.learnable_sink,
+        )
+
+    def _of_batch_or_none(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else self.of_batch(x)
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """``out`` in the layout of q with the head dim of v, and ``lse`` fp32 (fp64 for fp64): (B, H, Sq) or (H, Tq)."""
+    """``out`` in the layout of q with the head dim of v, and ``lse`` fp32 (fp64 for fp64): (B, H, Sq) or (H, Tq).
+
+    Packed rows that belong to no sequence get 0 and -inf.
+    """
     q, v = inputs.q, inputs.v
-    lse_dtype = blockwise.compute_dtype(q.dtype)
-    if inputs.packed is None:
-        B, Sq, H, _ = q.shape
-        out = q.new_empty((B, Sq, H, v.shape[-1]))
-        lse = q.new_empty((B, H, Sq), dtype=lse_dtype)
-        blockwise.forward(_dense_sequence(inputs), out, lse)
-        return out, lse
-    # Rows after the last sequence belong to nobody: they hold the result of an empty row.
-    out = q.new_zeros((*q.shape[:2], v.shape[-1]))
-    lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=lse_dtype)
-    for rows in _sequences(inputs):
-        sequence = _packed_sequence(inputs, rows)
-        blockwise.forward(sequence, out[rows.query].unsqueeze(0), lse[:, rows.query].unsqueeze(0))
+    H = q.shape[-2]
+    lse_shape = (q.shape[0], H, q.shape[1]) if inputs.packed is None else (H, q.shape[0])
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    lse = q.new_full(lse_shape, float("-inf"), dtype=compute_dtype(q.dtype))
+    for part in _parts(inputs):
+        blockwise.forward(part.sequence(inputs), part.query_rows(out), part.row_values(lse))
     return out, lse
 
 
 def backward(
-    inputs: AttentionInputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv in the layouts and dtypes of q, k, v, and the gradient of the ALiBi slopes (None without them)."""
-    q, k, v, slopes = inputs.q, inputs.k, inputs.v, inputs.alibi_slopes
-    dslopes = None if slopes is None else torch.zeros_like(slopes, dtype=blockwise.compute_dtype(q.dtype))
-    if inputs.packed is None:
-        sequence = _dense_sequence(inputs)
-        gradients = _zero_gradients(sequence)
-        blockwise.backward(sequence, out, lse, dout, dlse, gradients)
-        _add_slopes(dslopes, gradients.dslopes, slice(None))
-        dk, dv = (x.transpose(1, 2) for x in (gradients.dk, gradients.dv))
-        dq = gradients.dq
-    else:
-        dq, dk, dv = (torch.zeros_like(x, dtype=blockwise.compute_dtype(q.dtype)) for x in (q, k, v))
-        flat_dk, flat_dv = _token_rows(dk), _token_rows(dv)
-        for rows in _sequences(inputs):
-            sequence = _packed_sequence(inputs, rows)
-            gradients = _zero_gradients(sequence)
-            blockwise.backward(
-                sequence,
-                out[rows.query].unsqueeze(0),
-                lse[:, rows.query].unsqueeze(0),
-                dout[rows.query].unsqueeze(0),
-                None if dlse is None else dlse[:, rows.query].unsqueeze(0),
-                gradients,
-            )
-            dq[rows.query] = gradients.dq[0]
-            # Sequences may share pages, so key rows are added to, not assigned.
-            flat_dk[rows.key] += gradients.dk[0].transpose(0, 1)
-            flat_dv[rows.key] += gradients.dv[0].transpose(0, 1)
-            _add_slopes(dslopes, gradients.dslopes, slice(rows.index, rows.index + 1))
-    return (
-        dq.to(q.dtype),
-        dk.to(k.dtype),
-        dv.to(v.dtype),
-        None if dslopes is None or slopes is None else dslopes.to(slopes.dtype),
+    inputs: AttentionInputs,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    *,
+    needs_attn_bias: bool,
+    needs_alibi_slopes: bool,
+    needs_learnable_sink: bool,
+) -> Gradients:
+    """Gradients of ``sum(dout * out) + sum(dlse * lse)``, each in the shape and dtype of its tensor in ``inputs``.
+
+    Sums are kept in compute precision and cast once at the end. Pages that several sequences share collect the
+    gradients of all of them.
+    """
+    modifiers = inputs.modifiers
+    dtype = compute_dtype(inputs.q.dtype)
+
+    def zeros(x: Tensor) -> Tensor:
+        return x.new_zeros(x.shape, dtype=dtype)  # contiguous, so that pages flatten to token rows as a view
+
+    def zeros_if(needed: bool, x: Tensor | None) -> Tensor | None:
+        return zeros(x) if needed and x is not None else None
+
+    total = Gradients(
+        zeros(inputs.q),
+        zeros(inputs.k),
+        zeros(inputs.v),
+        zeros_if(needs_attn_bias, modifiers.attn_bias),
+        zeros_if(needs_alibi_slopes, modifiers.alibi_slopes),
+        zeros_if(needs_learnable_sink, modifiers.learnable_sink),
+    )
+    for part in _parts(inputs):
+        gradients = part.gradients(total)
+        blockwise.backward(
+            part.sequence(inputs),
+            part.query_rows(out),
+            part.row_values(lse),
+            part.query_rows(dout),
+            None if dlse is None else part.row_values(dlse),
+            gradients,
+        )
+        if isinstance(part.key, Tensor):
+            _token_rows(total.k).index_put_((part.key,), gradients.k[0], accumulate=True)
+            _token_rows(total.v).index_put_((part.key,), gradients.v[0], accumulate=True)
+    return Gradients(
+        total.q.to(inputs.q.dtype),
+        total.k.to(inputs.k.dtype),
+        total.v.to(inputs.v.dtype),
+        _cast_like(total.attn_bias, modifiers.attn_bias),
+        _cast_like(total.alibi_slopes, modifiers.alibi_slopes),
+        _cast_like(total.learnable_sink, modifiers.learnable_sink),
     )
 
 
 def probabilities(inputs: AttentionInputs, lse: Tensor) -> Tensor:
-    """Normalised probabilities (B, H, Sq, Sk) of a dense call, negative where dropped."""
-    return blockwise.probabilities(_dense_sequence(inputs), lse)
+    """Normalised probabilities (B, H, Sq, Sk) in the dtype of q; quadratic memory.
+
+    The sign bit is set where dropout removed an element, also where the probability is 0: that element is -0.0. For
+    a packed call Sq and Sk are the lengths of the longest query and key sequence that there are, and what lies past
+    the end of a shorter one is 0.
+    """
+    q, parts = inputs.q, list(_parts(inputs))
+    H = q.shape[-2]
+    sequences = [part.sequence(inputs) for part in parts]
+    seqlen_q = max((sequence.q.shape[1] for sequence in sequences), default=0)
+    seqlen_k = max((sequence.k.shape[1] for sequence in sequences), default=0)
+    batch = q.shape[0] if inputs.packed is None else len(parts)
+    result = q.new_zeros((batch, H, seqlen_q, seqlen_k))
+    for part, sequence in zip(parts, sequences, strict=True):
+        target = part.of_batch(result)[:, :, : sequence.q.shape[1], : sequence.k.shape[1]]
+        blockwise.probabilities(sequence, part.row_values(lse), target)
+    return result
 
 
-def _dense_sequence(inputs: AttentionInputs) -> blockwise.Sequence:
-    slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes.reshape(-1, inputs.q.shape[2])
-    return blockwise.Sequence(inputs.q, inputs.k, inputs.v, inputs.options, slopes, inputs.seed_and_offset)
+def _parts(inputs: AttentionInputs) -> Iterator[_Part]:
+    packed = inputs.packed
+    if packed is None:
+        yield _Part(None, slice(None), slice(None))
+        return
+    for index, (query_begin, query_length, key_begin, key_length) in enumerate(_begins_and_lengths(packed)):
+        key: slice | Tensor = slice(key_begin, key_begin + key_length)
+        if packed.block_table is not None:
+            page_size = inputs.k.shape[1]
+            position = torch.arange(key_length, device=inputs.k.device)
+            key = packed.block_table[index, position // page_size].long() * page_size + position % page_size
+        yield _Part(index, slice(query_begin, query_begin + query_length), key)
 
 
-def _packed_sequence(inputs: AttentionInputs, rows: _Rows) -> blockwise.Sequence:
-    slopes = inputs.alibi_slopes
-    if slopes is not None:
-        slopes = (slopes if slopes.dim() == 1 else slopes[rows.index]).unsqueeze(0)
-    return blockwise.Sequence(
-        inputs.q[rows.query].unsqueeze(0),
-        _token_rows(inputs.k)[rows.key].unsqueeze(0),
-        _token_rows(inputs.v)[rows.key].unsqueeze(0),
-        inputs.options,
-        slopes,
-        inputs.seed_and_offset,
-        batch_offset=rows.index,
-    )
+def _begins_and_lengths(packed: PackedLayout) -> list[list[int]]:
+    """[query begin, query length, key begin, key length] of each sequence, read from the device in one go."""
+    columns = []
+    for cu_seqlens, seqused in (
+        (packed.cu_seqlens_q, packed.seqused_q),
+        (packed.cu_seqlens_k, packed.seqused_k),
+    ):
+        lengths = cu_seqlens.diff()
+        columns += [cu_seqlens[:-1], lengths if seqused is None else torch.minimum(lengths, seqused)]
+    return torch.stack(columns, dim=1).tolist()
 
 
 def _token_rows(x: Tensor) -> Tensor:
@@ -114,34 +200,5 @@ def _token_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.flatten(0, 1)
 
 
-def _sequences(inputs: AttentionInputs) -> Iterator[_Rows]:
-    assert inputs.packed is not None
-    query_ends, key_ends = inputs.packed.cu_seqlens_q.tolist(), inputs.packed.cu_seqlens_k.tolist()
-    table = inputs.packed.block_table
-    for b in range(len(query_ends) - 1):
-        key: slice | Tensor = slice(key_ends[b], key_ends[b + 1])
-        if table is not None:
-            page_size = inputs.k.shape[1]
-            position = torch.arange(key_ends[b + 1] - key_ends[b], device=table.device)
-            key = table[b, position // page_size].long() * page_size + position % page_size
-        yield _Rows(b, slice(query_ends[b], query_ends[b + 1]), key)
-
-
-def _zero_gradients(sequence: blockwise.Sequence) -> blockwise.Gradients:
-    dtype = blockwise.compute_dtype(sequence.q.dtype)
-    B, _, H, _ = sequence.q.shape
-    return blockwise.Gradients(
-        dq=torch.zeros_like(sequence.q, dtype=dtype),
-        dk=torch.zeros_like(sequence.k.transpose(1, 2), dtype=dtype),
-        dv=torch.zeros_like(sequence.v.transpose(1, 2), dtype=dtype),
-        dslopes=None if sequence.alibi_slopes is None else sequence.q.new_zeros((B, H), dtype=dtype),
-    )
-
-
-def _add_slopes(total: Tensor | None, part_BH: Tensor | None, batch: slice) -> None:
-    if total is None or part_BH is None:
-        return
-    if total.dim() == 1:
-        total += part_BH.sum(dim=0)
-    else:
-        total[batch] += part_BH
+def _cast_like(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if gradient is None or like is None else gradient.to(like.dtype)

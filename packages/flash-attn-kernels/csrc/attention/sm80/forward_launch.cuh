@@ -1,20 +1,19 @@
 // Host side of the forward kernel.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include "../../api/cuda_check.h"
 #include "forward.cuh"
 #include "launch.h"
 
 namespace flash_attn::sm80 {
 
-template <typename Element, int kHeadDim>
-void launch_forward(const ForwardParams& params, cudaStream_t stream) {
-  using Config = ForwardConfig<kHeadDim>;
-  const int64_t tiles = ceil_div(params.shape.seqlen_q, Config::kRows);
-  const int64_t blocks = tiles * params.shape.heads * params.shape.batch;
-  launch(&forward_kernel<Element, Config>, blocks, Config::kThreads, Config::kSharedBytes, stream, params);
+template <typename Element, typename Variant>
+void launch_forward(ForwardParams params, int shared_bytes, cudaStream_t stream) {
+  with_forward_config<Variant>(shared_bytes, [&]<typename Config>(Config) {
+    params.query_slots = slot_count(params.queries, params.shape.batch, Config::kRows);
+    launch<&forward_kernel<Element, Config>>(
+        static_cast<int64_t>(params.query_slots) * params.shape.heads, Config::kThreads, Config::kSharedBytes, stream,
+        params);
+  });
 }
 
 }  // namespace flash_attn::sm80

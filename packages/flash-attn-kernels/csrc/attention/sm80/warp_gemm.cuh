@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../../ptx/ldmatrix.cuh"
 #include "../../ptx/mma.cuh"
 #include "../shared_tile.cuh"
 

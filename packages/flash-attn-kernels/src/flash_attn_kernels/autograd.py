@@ -1,0 +1,132 @@
+"""Running a checked call on its path, and differentiating it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import portable, sm80
+from .autocast import autocast_is_on, autocast_switched_off
+from .inputs import AttentionInputs, Gradients, PackedLayout, ScoreModifiers
+from .options import AttentionOptions
+
+PATHS: dict[str, Any] = {"sm80": sm80, "portable": portable}
+NO_MODIFIERS = ScoreModifiers()
+
+_MODIFIERS = 5  # fields of ScoreModifiers, and which of them have gradients
+_ATTN_BIAS, _ALIBI_SLOPES, _LEARNABLE_SINK = 0, 3, 4
+
+
+# Everything about a call that is not a tensor: options, path, and which groups of tensors follow q, k and v: modifiers,
+# seed, layout. A plain tuple, as it is made in every call.
+_Structure = tuple[AttentionOptions, str, bool, bool, bool]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: AttentionOptions,
+    modifiers: ScoreModifiers,
+    seed_and_offset: Tensor | None,
+    packed: PackedLayout | None,
+    path: str,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the call on ``path``; without ``needs_gradient`` nothing is recorded or kept."""
+    if not needs_gradient:
+        return PATHS[path].forward(AttentionInputs(q, k, v, options, modifiers, seed_and_offset, packed))
+    if torch.compiler.is_compiling():
+        # It refuses a tensor that is passed twice to one autograd.Function, as k and v or both cu_seqlens may be.
+        k, v = k.view_as(k), v.view_as(v)
+        if packed is not None:
+            packed = replace(packed, cu_seqlens_k=packed.cu_seqlens_k.view_as(packed.cu_seqlens_k))
+            if packed.seqused_k is not None:
+                packed = replace(packed, seqused_k=packed.seqused_k.view_as(packed.seqused_k))
+    if modifiers is NO_MODIFIERS and seed_and_offset is None and packed is None:
+        return _Attention.apply(q, k, v, (options, path, False, False, False))
+    others: tuple[Tensor | None, ...] = ()
+    if modifiers is not NO_MODIFIERS:
+        others = (
+            modifiers.attn_bias,
+            modifiers.attn_mask,
+            modifiers.key_padding_mask,
+            modifiers.alibi_slopes,
+            modifiers.learnable_sink,
+        )
+    structure = (options, path, len(others) > 0, seed_and_offset is not None, packed is not None)
+    if seed_and_offset is not None:
+        others = (*others, seed_and_offset)
+    if packed is not None:
+        layout = (
+            packed.cu_seqlens_q,
+            packed.cu_seqlens_k,
+            packed.seqused_q,
+            packed.seqused_k,
+            packed.block_table,
+        )
+        others = others + layout
+    return _Attention.apply(q, k, v, structure, *others)
+
+
+class _Attention(torch.autograd.Function):
+    """(out, lse) with gradients to q, k, v, attn_bias, alibi_slopes and learnable_sink.
+
+    ``others`` are the groups of tensors that the structure names. They are passed one by one, since autograd and
+    torch.compile look for tensors only there, and by groups, since every argument costs time, an absent one too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, structure: _Structure, *others: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = PATHS[structure[1]].forward(_inputs(q, k, v, structure, others))
+        ctx.save_for_backward(q, k, v, out, lse, *others)
+        ctx.structure = structure
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *others = ctx.saved_tensors
+        _, path, has_modifiers, *_ = ctx.structure
+        if dout is None and dlse is None:
+            return (None,) * (4 + len(others))
+        if dout is None:
+            dout = torch.zeros_like(out)
+        needed = ctx.needs_input_grad[4:] if has_modifiers else (False,) * _MODIFIERS
+        with autocast_switched_off(q) if autocast_is_on(q) else nullcontext():
+            gradients: Gradients = PATHS[path].backward(
+                _inputs(q, k, v, ctx.structure, others),
+                out,
+                lse,
+                dout,
+                dlse,
+                needs_attn_bias=needed[_ATTN_BIAS],
+                needs_alibi_slopes=needed[_ALIBI_SLOPES],
+                needs_learnable_sink=needed[_LEARNABLE_SINK],
+            )
+        of_others: list[Tensor | None] = [None] * len(others)
+        if has_modifiers:
+            of_others[_ATTN_BIAS] = gradients.attn_bias
+            of_others[_ALIBI_SLOPES] = gradients.alibi_slopes
+            of_others[_LEARNABLE_SINK] = gradients.learnable_sink
+        return gradients.q, gradients.k, gradients.v, None, *of_others
+
+
+def _inputs(q: Tensor, k: Tensor, v: Tensor, structure: _Structure, others: Any) -> AttentionInputs:
+    options, _, has_modifiers, has_seed, is_packed = structure
+    if not others:
+        return AttentionInputs(q, k, v, options, NO_MODIFIERS)
+    modifiers = ScoreModifiers(*others[:_MODIFIERS]) if has_modifiers else NO_MODIFIERS
+    seed_and_offset = others[_MODIFIERS if has_modifiers else 0] if has_seed else None
+    layout = others[(_MODIFIERS if has_modifiers else 0) + (1 if has_seed else 0) :]
+    return AttentionInputs(
+        q, k, v, options, modifiers, seed_and_offset, PackedLayout(*layout) if is_packed else None
+    )

@@ -1,0 +1,143 @@
+"""The sm80 operators as torch sees them: schemas, fakes, tracing, compilation with dynamic lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from flash_attn_kernels import flash_attn_func, flash_attn_varlen_func, library
+from flash_attn_kernels.philox import draw_seed_and_offset
+from torch import Tensor
+
+pytestmark = pytest.mark.gpu
+
+PLAIN_TENSORS = (None,) * 11  # cu_seqlens_q to seed_and_offset
+B, SQ, SK, H, HK = 2, 33, 70, 4, 2
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def packed_tensors() -> tuple[Tensor | None, ...]:
+    cu_seqlens_q, cu_seqlens_k = (
+        torch.tensor([0, end // 3, end], dtype=torch.int32, device="cuda") for end in (SQ, SK)
+    )
+    used = torch.tensor([5, 20], dtype=torch.int32, device="cuda")
+    return (cu_seqlens_q, cu_seqlens_k, used, used, None)
+
+
+def modifier_tensors() -> tuple[Tensor, ...]:
+    return (
+        randn(B, H, SQ, SK),
+        torch.rand(1, H, SQ, SK, device="cuda") < 0.8,
+        torch.rand(B, SK, device="cuda") < 0.8,
+        torch.rand(B, H, device="cuda"),
+        torch.randn(H, device="cuda"),
+        draw_seed_and_offset(torch.device("cuda")),
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("modified", [False, True])
+def test_operators_pass_torch_checks(packed: bool, modified: bool) -> None:
+    """As torch.library.opcheck defines them: schema, fake, tracing with symbolic sizes."""
+    assert library.load_error() is None
+    operators = torch.ops.flash_attn_kernels
+    batch = () if packed else (B,)
+    q, k, v = randn(*batch, SQ, H, 64), randn(*batch, SK, HK, 64), randn(*batch, SK, HK, 128)
+    layout = packed_tensors() if packed else PLAIN_TENSORS[:5]
+    modifiers = modifier_tensors() if modified else PLAIN_TENSORS[5:]
+    scalars = (0.125, 40, 0, True, 5.0 if modified else 0.0, 0.2 if modified else 0.0)
+    forward_arguments = (q, k, v, *layout, *modifiers, *scalars)
+    torch.library.opcheck(operators.sm80_forward.default, forward_arguments)
+    out, lse = operators.sm80_forward(*forward_arguments)
+    for dlse in (None, torch.randn_like(lse)):
+        backward_arguments = (
+            torch.randn_like(out), q, k, v, out, lse, dlse, *layout, *modifiers, *scalars,
+            True, modified, modified, modified,
+        )  # fmt: skip
+        torch.library.opcheck(operators.sm80_backward.default, backward_arguments)
+
+
+def test_paged_forward_passes_torch_checks() -> None:
+    assert library.load_error() is None
+    q, pages = randn(SQ, H, 64), randn(6, 16, HK, 64)
+    cu_seqlens_q, cu_seqlens_k, *_ = packed_tensors()
+    table = torch.tensor([[5, 0, -1], [1, 3, 2]], dtype=torch.int32, device="cuda")
+    arguments = (q, pages, pages, cu_seqlens_q, cu_seqlens_k, None, None, table, *PLAIN_TENSORS[5:])
+    torch.library.opcheck(
+        torch.ops.flash_attn_kernels.sm80_forward.default, (*arguments, 0.125, -1, -1, False, 0.0, 0.0)
+    )
+
+
+def dense_call(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return flash_attn_func(q, k, v, causal=True, deterministic=True, return_lse=True, strict=True)
+
+
+def modified_call(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    bias = torch.arange(k.shape[1], device=k.device) * 0.01
+    slopes = torch.arange(q.shape[2], device=q.device) * 0.1
+    return flash_attn_func(
+        q, k, v, window_size=(50, 9), softcap=4.0, attn_bias=bias, alibi_slopes=slopes, learnable_sink=slopes,
+        deterministic=True, return_lse=True, strict=True,
+    )  # fmt: skip
+
+
+def assert_compiled_equals_eager(
+    call: Callable[..., Any], compiled: Callable[..., Any], tensors: list[Tensor], extra: tuple[Any, ...] = ()
+) -> None:
+    results = []
+    for function in (compiled, call):
+        out, lse = function(*tensors, *extra)
+        generator = torch.Generator(device="cuda").manual_seed(0)
+        upstream = [torch.randn(x.shape, device="cuda", generator=generator).to(x.dtype) for x in (out, lse)]
+        results.append((out, lse, *torch.autograd.grad([out, lse], tensors, upstream)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("call", [dense_call, modified_call])
+def test_compiles_with_dynamic_lengths(call: Callable[..., Any]) -> None:
+    """Forward and backward, one graph for all lengths."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for batch, seqlen_q, seqlen_k in ((2, 100, 120), (3, 33, 257), (5, 300, 64)):
+        tensors = []
+        for shape in ((batch, seqlen_q, H, 64), (batch, seqlen_k, HK, 64), (batch, seqlen_k, HK, 64)):
+            x = randn(*shape).requires_grad_()
+            torch._dynamo.mark_dynamic(x, 0)
+            torch._dynamo.mark_dynamic(x, 1)
+            tensors.append(x)
+        assert_compiled_equals_eager(call, compiled, tensors)
+    assert counter.frame_count == 1
+
+
+def varlen_call(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Any:
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, 300, 300, causal=True, deterministic=True, return_lse=True,
+        strict=True,
+    )  # fmt: skip
+
+
+def test_varlen_compiles_with_dynamic_lengths() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(varlen_call, fullgraph=True, backend=counter)
+    for ends in ([0, 40, 100], [0, 0, 31, 257], [0, 1, 7, 200, 300]):
+        tensors = [randn(ends[-1], heads, 64).requires_grad_() for heads in (H, HK, HK)]
+        cu_seqlens = [torch.tensor(ends, dtype=torch.int32, device="cuda") for _ in range(2)]
+        for x in (*tensors, *cu_seqlens):
+            torch._dynamo.mark_dynamic(x, 0)
+        assert_compiled_equals_eager(varlen_call, compiled, tensors, tuple(cu_seqlens))
+    assert counter.frame_count == 1
+
+
+def test_compiles_with_the_default_backend() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(dense_call, fullgraph=True)
+    tensors = [randn(2, 128, heads, 64).requires_grad_() for heads in (H, HK, HK)]
+    assert_compiled_equals_eager(dense_call, compiled, tensors)

@@ -1,0 +1,49 @@
+"""Tiny calls that run every variant of the CUDA kernels once, for tools that slow a kernel down a hundred times.
+
+    compute-sanitizer --tool memcheck python -m pytest -m gpu -k sanitizer packages/flash-attn-kernels/tests
+
+and likewise with ``--tool racecheck``. Without such a tool these tests say little: the others compare results.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from flash_attn_kernels.testing.attention_case import AttentionCase, make_tensors
+from flash_attn_kernels.testing.attention_check import public_results
+
+pytestmark = pytest.mark.gpu
+
+HEAD_DIMS = [
+    (32, 32), (64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128), (64, 128), (128, 64), (33, 7),
+]  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "general": {
+        "window_size": (40, 30), "softcap": 3.0, "dropout_p": 0.2, "attn_bias": "bhqk", "attn_mask": "hqk",
+        "key_padding": True, "alibi_slopes": "bh", "sink_dtype": torch.float32,
+    },
+    "broadcast bias": {"attn_bias": "hk"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_dims", HEAD_DIMS)
+def test_sanitizer(head_dims: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
+    for layout, deterministic, strides in (
+        ("dense", False, "contiguous"),
+        ("dense", True, "misaligned"),
+        ("seqused", False, "padded"),
+        ("paged", False, "contiguous"),
+    ):
+        lengths = ((67, 131), (67, 131)) if layout == "dense" else ((67, 131), (0, 3), (1, 70))
+        case = AttentionCase(
+            dtype=dtype, head_dims=head_dims, heads=(2, 1), lengths=lengths, layout=layout, strides=strides,
+            deterministic=deterministic, **KINDS[kind],
+        )  # fmt: skip
+        results = public_results(make_tensors(case))
+        assert not any(x.isnan().any() for x in results.values())
