@@ -33,6 +33,19 @@ def test_ptxas_report_is_read() -> None:
     assert "first(float*)" in ptxas.table([first, second]) or "_Z5firstPf" in ptxas.table([first, second])
 
 
+def test_spills_are_allowed_by_name_and_amount() -> None:
+    name = (
+        "void flash_attn::sm80::backward_kernel<__half, flash_attn::sm80::BackwardConfig<64, 64, 64, 64> >()"
+    )
+
+    def kernel(name: str, spilled_bytes: int) -> ptxas.Kernel:
+        return ptxas.Kernel(name, "sm_90", 255, 0, spilled_bytes, spilled_bytes, spilled_bytes)
+
+    assert ptxas.forbidden_spills([kernel(name, 0), kernel(name, 80), kernel("void other()", 0)]) == []
+    much, other = kernel(name, 84), kernel("void other()", 4)
+    assert ptxas.forbidden_spills([much, other]) == [much, other]
+
+
 @pytest.mark.parametrize(
     ("code", "fatal"), [("C7503", 0), ("C7504", 1), ("C7510", 1), ("C7515", 1), ("C7516", 0)]
 )

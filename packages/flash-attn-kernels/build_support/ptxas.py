@@ -15,13 +15,34 @@ _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) 
 _USED = re.compile(r"Used (\d+) registers")
 _STATIC_SHARED = re.compile(r"(\d+) bytes smem")
 
-# Kernels that may spill: regular expression on the readable name -> the reason, with its measurement.
-ALLOWED_SPILLS: dict[str, str] = {
-    r"sm80::backward_kernel<[^<]*BackwardConfig<128, 64, 128, 8, 2, 4, 2, 2> ?>": (
-        "a few bytes, once per tile of queries: scheduling all products to their whole depth spills them, and was "
-        "5 % faster on an H200 (sequence length 16k) than the schedule that does not"
+
+@dataclass(frozen=True)
+class AllowedSpill:
+    """Kernels that may spill a few registers per tile, never in a product's loop, because that measured faster."""
+
+    pattern: str  # regular expression on the readable name
+    max_bytes: int  # stored by a thread
+    reason: str
+
+
+ALLOWED_SPILLS = (
+    AllowedSpill(
+        r"sm80::forward_kernel<[^<]*ForwardConfig<64, 64, 128, 128, ",
+        80,
+        "350 TFLOP/s against 330 of the widest tile without spills (112 keys) on an H100, 8k tokens",
     ),
-}
+    AllowedSpill(
+        r"sm80::forward_kernel<[^<]*ForwardConfig<(96, 96|128, 128|192, 128), 128, 64, ",
+        4,
+        "one register per tile of keys; recomputing it instead spilled 16 bytes",
+    ),
+    AllowedSpill(
+        r"sm80::backward_kernel<",
+        80,
+        "all products scheduled to their whole depth: at head dim 128 5 % faster on an H200, 16k tokens, than the "
+        "schedule that spills nothing; at 192 tiles of 96 keys 12 % faster on an H100 than the 64 that spill nothing",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -74,8 +95,13 @@ def forbidden_spills(kernels: Iterable[Kernel]) -> list[Kernel]:
     return [
         kernel
         for kernel in kernels
-        if kernel.spills and not any(re.search(pattern, kernel.name) for pattern in ALLOWED_SPILLS)
+        if kernel.spills and not any(_allows(allowed, kernel) for allowed in ALLOWED_SPILLS)
     ]
+
+
+def _allows(allowed: AllowedSpill, kernel: Kernel) -> bool:
+    stored = max(kernel.spill_store_bytes, kernel.spill_load_bytes)
+    return re.search(allowed.pattern, kernel.name) is not None and stored <= allowed.max_bytes
 
 
 def demangle(names: list[str]) -> list[str]:

@@ -68,9 +68,9 @@ inline TensorView page_view_of(const Tensor& x) { return {x.data_ptr(), 0, x.str
 
 inline const int* index_data(const char* name, const std::optional<Tensor>& x, int64_t size) {
   if (!x.has_value()) return nullptr;
-  STD_TORCH_CHECK(x->is_cuda() && x->scalar_type() == ScalarType::Int && x->dim() == 1 && x->is_contiguous() &&
-                      x->size(0) == size,
-                  name, ": must be contiguous int32 of ", size, " elements on the GPU");
+  STD_TORCH_CHECK(
+      x->is_cuda() && x->scalar_type() == ScalarType::Int && x->dim() == 1 && x->is_contiguous() && x->size(0) == size,
+      name, ": must be contiguous int32 of ", size, " elements on the GPU");
   return static_cast<const int*>(x->data_ptr());
 }
 
@@ -127,11 +127,11 @@ inline ModifierParams modifier_params(const AttentionArguments& arguments, const
   }
   if (arguments.key_padding_mask.has_value()) {
     const Tensor& mask = *arguments.key_padding_mask;
-    STD_TORCH_CHECK(mask.is_cuda() && mask.scalar_type() == ScalarType::Bool && mask.dim() == 2 &&
-                        mask.size(0) == shape.batch,
-                    "key_padding_mask: must be bool (batch, seqlen_k)");
-    params.key_padding = {true, mask.data_ptr(),    mask.stride(0), 0, 0, mask.stride(1),
-                          Window::kUnbounded, static_cast<int>(mask.size(1))};
+    STD_TORCH_CHECK(
+        mask.is_cuda() && mask.scalar_type() == ScalarType::Bool && mask.dim() == 2 && mask.size(0) == shape.batch,
+        "key_padding_mask: must be bool (batch, seqlen_k)");
+    params.key_padding = {true, mask.data_ptr(), mask.stride(0),     0,
+                          0,    mask.stride(1),  Window::kUnbounded, static_cast<int>(mask.size(1))};
   }
   if (arguments.seed_and_offset.has_value()) {
     const Tensor& seed = *arguments.seed_and_offset;
@@ -157,9 +157,9 @@ inline ModifierParams modifier_params(const AttentionArguments& arguments, const
 // Whether only the general kernels can run the call. Plain ones need a positive scale because they take the maximum of
 // the raw products.
 inline bool needs_general(const ModifierParams& params, float softmax_scale) {
-  return !(softmax_scale > 0) || params.softcap > 0 || params.alibi_slopes != nullptr ||
-         params.bias.present || params.mask.present || params.key_padding.present ||
-         params.seed_and_offset != nullptr || !params.aligned_rows || params.pages.table != nullptr;
+  return !(softmax_scale > 0) || params.softcap > 0 || params.alibi_slopes != nullptr || params.bias.present ||
+         params.mask.present || params.key_padding.present || params.seed_and_offset != nullptr ||
+         !params.aligned_rows || params.pages.table != nullptr;
 }
 
 // `moved` are all tensors whose rows the kernels copy, q first.
@@ -192,8 +192,8 @@ inline AttentionParams attention_params(const AttentionArguments& arguments, con
   params.keys = {index_data("cu_seqlens_k", arguments.cu_seqlens_k, batch + 1),
                  index_data("seqused_k", arguments.seqused_k, batch),
                  arguments.paged() ? INT_MAX : static_cast<int>(k.size(key_rows)),
-                 arguments.paged() ? static_cast<int>(std::min<int64_t>(
-                                         arguments.block_table->size(1) * k.size(1), Window::kUnbounded - 1))
+                 arguments.paged() ? static_cast<int>(std::min<int64_t>(arguments.block_table->size(1) * k.size(1),
+                                                                        Window::kUnbounded - 1))
                                    : INT_MAX};
   params.window = window_of(arguments);
   params.softmax_scale = static_cast<float>(arguments.softmax_scale);

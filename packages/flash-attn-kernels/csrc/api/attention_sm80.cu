@@ -37,9 +37,9 @@ sm80::TileShape forward_tile(int head_dim, int head_dim_v, bool general, int sha
   });
 }
 
-sm80::TileShape backward_tile(int head_dim, int head_dim_v, bool general, bool deterministic, int shared_bytes) {
+sm80::TileShape backward_tile(int head_dim, int head_dim_v, bool general, bool large_tiles, int shared_bytes) {
   return sm80::with_variant(head_dim, head_dim_v, general, [&]<typename Variant>(Variant) {
-    return sm80::with_backward_config<Variant>(deterministic, shared_bytes,
+    return sm80::with_backward_config<Variant>(large_tiles, shared_bytes,
                                                []<typename Config>(Config) { return Config::kShape; });
   });
 }
@@ -75,11 +75,10 @@ std::tuple<Tensor, Tensor> sm80_forward(Tensor q, Tensor k, Tensor v, std::optio
                                         std::optional<Tensor> learnable_sink, std::optional<Tensor> seed_and_offset,
                                         double softmax_scale, int64_t window_left, int64_t window_right, bool top_left,
                                         double softcap, double dropout_p) {
-  const AttentionArguments arguments{cu_seqlens_q,  cu_seqlens_k, seqused_q,        seqused_k,
-                                     block_table,   attn_bias,    attn_mask,        key_padding_mask,
-                                     alibi_slopes,  learnable_sink, seed_and_offset, softmax_scale,
-                                     window_left,   window_right, top_left,         softcap,
-                                     dropout_p};
+  const AttentionArguments arguments{cu_seqlens_q,    cu_seqlens_k,  seqused_q,        seqused_k,    block_table,
+                                     attn_bias,       attn_mask,     key_padding_mask, alibi_slopes, learnable_sink,
+                                     seed_and_offset, softmax_scale, window_left,      window_right, top_left,
+                                     softcap,         dropout_p};
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const int64_t dim = arguments.packed() ? 3 : 4, key_dim = arguments.paged() ? 4 : dim;
   q = with_dense_rows("q", q, dim, q);
@@ -106,11 +105,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sm80_backward(
     std::optional<Tensor> learnable_sink, std::optional<Tensor> seed_and_offset, double softmax_scale,
     int64_t window_left, int64_t window_right, bool top_left, double softcap, double dropout_p, bool deterministic,
     bool needs_attn_bias, bool needs_alibi_slopes, bool needs_learnable_sink) {
-  const AttentionArguments arguments{cu_seqlens_q,  cu_seqlens_k, seqused_q,        seqused_k,
-                                     block_table,   attn_bias,    attn_mask,        key_padding_mask,
-                                     alibi_slopes,  learnable_sink, seed_and_offset, softmax_scale,
-                                     window_left,   window_right, top_left,         softcap,
-                                     dropout_p};
+  const AttentionArguments arguments{cu_seqlens_q,    cu_seqlens_k,  seqused_q,        seqused_k,    block_table,
+                                     attn_bias,       attn_mask,     key_padding_mask, alibi_slopes, learnable_sink,
+                                     seed_and_offset, softmax_scale, window_left,      window_right, top_left,
+                                     softcap,         dropout_p};
   STD_TORCH_CHECK(!arguments.paged(), "block_table: paged keys have no backward");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const int64_t dim = arguments.packed() ? 3 : 4;
@@ -129,8 +127,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sm80_backward(
   const ProblemShape& shape = params.shape;
   const DeviceLimits& limits = device_limits(q.get_device_index());
   const bool general = needs_general(params.modifiers, params.softmax_scale);
+  const int mean_rows = arguments.packed() ? params.keys.rows / std::max(shape.batch, 1) : params.keys.rows;
+  params.large_tiles = deterministic && (params.window.right == Window::kUnbounded || mean_rows > 1024);
   const sm80::TileShape tile =
-      backward_tile(shape.head_dim, shape.head_dim_v, general, deterministic, limits.shared_bytes_per_block);
+      backward_tile(shape.head_dim, shape.head_dim_v, general, params.large_tiles, limits.shared_bytes_per_block);
   params.dout = view_of(dout), params.dq = view_of(dq), params.dk = view_of(dk), params.dv = view_of(dv);
   params.lse = float_data(lse);
   params.dlse = dlse.has_value() ? float_data(*dlse) : nullptr;
@@ -168,8 +168,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sm80_backward(
     // Every score of a dense call has its own entry of a full bias; any other is a sum, in fp32.
     params.dbias_is_stored = !arguments.packed() && bias.size(0) == shape.batch && bias.size(1) == shape.heads &&
                              bias.size(2) == params.queries.rows && bias.size(3) == params.keys.rows;
-    dbias = torch::stable::new_zeros(bias, bias.sizes(),
-                                     params.dbias_is_stored ? bias.scalar_type() : ScalarType::Float);
+    dbias =
+        torch::stable::new_zeros(bias, bias.sizes(), params.dbias_is_stored ? bias.scalar_type() : ScalarType::Float);
     params.dbias = score_tensor("dbias", dbias, shape);
     if (params.dbias_is_stored) {  // a size of 1 is not broadcast, then
       params.dbias.rows = params.queries.rows, params.dbias.columns = params.keys.rows;
@@ -204,13 +204,13 @@ std::tuple<int64_t, int64_t, int64_t, int64_t> numbers(const sm80::TileShape& ti
 
 std::tuple<int64_t, int64_t, int64_t, int64_t> sm80_forward_tile(int64_t head_dim, int64_t head_dim_v, bool general,
                                                                  int64_t shared_bytes) {
-  return numbers(forward_tile(static_cast<int>(head_dim), static_cast<int>(head_dim_v), general,
-                              static_cast<int>(shared_bytes)));
+  return numbers(
+      forward_tile(static_cast<int>(head_dim), static_cast<int>(head_dim_v), general, static_cast<int>(shared_bytes)));
 }
 
 std::tuple<int64_t, int64_t, int64_t, int64_t> sm80_backward_tile(int64_t head_dim, int64_t head_dim_v, bool general,
-                                                                  bool deterministic, int64_t shared_bytes) {
-  return numbers(backward_tile(static_cast<int>(head_dim), static_cast<int>(head_dim_v), general, deterministic,
+                                                                  bool large_tiles, int64_t shared_bytes) {
+  return numbers(backward_tile(static_cast<int>(head_dim), static_cast<int>(head_dim_v), general, large_tiles,
                                static_cast<int>(shared_bytes)));
 }
 

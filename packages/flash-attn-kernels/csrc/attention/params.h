@@ -61,18 +61,18 @@ struct ScoreTensor {
 
 // What only the general kernels can do.
 struct ModifierParams {
-  float softcap;                     // 0 is off
-  const float* alibi_slopes;         // null if absent
-  int64_t alibi_batch_stride;        // of (batch or 1, heads)
-  ScoreTensor bias;                  // added
-  BiasType bias_type;                // element type of bias
-  bool bias_is_staged;               // a 16-bit bias that goes through shared memory in 16-byte chunks
-  ScoreTensor mask;                  // bytes, 0 hides
-  ScoreTensor key_padding;           // bytes, 0 hides the key and makes its memory untouched
-  const int64_t* seed_and_offset;    // of the dropout; null without
-  uint32_t drop_threshold;           // an element is dropped iff its random word is below
-  float keep_scale;                  // 1 / (1 - p)
-  bool aligned_rows;                 // rows of all tensors can be moved in 16-byte chunks
+  float softcap;                   // 0 is off
+  const float* alibi_slopes;       // null if absent
+  int64_t alibi_batch_stride;      // of (batch or 1, heads)
+  ScoreTensor bias;                // added
+  BiasType bias_type;              // element type of bias
+  bool bias_is_staged;             // a 16-bit bias that goes through shared memory in 16-byte chunks
+  ScoreTensor mask;                // bytes, 0 hides
+  ScoreTensor key_padding;         // bytes, 0 hides the key and makes its memory untouched
+  const int64_t* seed_and_offset;  // of the dropout; null without
+  uint32_t drop_threshold;         // an element is dropped iff its random word is below
+  float keep_scale;                // 1 / (1 - p)
+  bool aligned_rows;               // rows of all tensors can be moved in 16-byte chunks
   PageLayout pages;
 };
 
@@ -96,10 +96,11 @@ struct ForwardParams : AttentionParams {
 struct BackwardParams : AttentionParams {
   TensorView dout, dq, dk, dv;
   const float* lse;
-  const float* dlse;            // null without
-  int query_slots, key_slots;   // tiles of one head
-  int group_splits;             // blocks that share the query heads of one key-value head
-  int head_interleave;          // how many heads take turns in starting a block, see backward_work.cuh
+  const float* dlse;           // null without
+  int query_slots, key_slots;  // tiles of one head
+  bool large_tiles;            // whether deterministic mode wants its own tile shapes
+  int group_splits;            // blocks that share the query heads of one key-value head
+  int head_interleave;         // how many heads take turns in starting a block, see backward_work.cuh
   // Scratch, with query rows padded to whole tiles:
   float* lse_log2;        // (heads, query slots, rows), +inf for rows that see nothing or do not exist
   float* delta;           // (heads, query slots, rows), rowsum(dO * O) - dLSE

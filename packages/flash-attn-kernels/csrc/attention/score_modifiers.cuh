@@ -108,9 +108,8 @@ class ScoreModifier {
     }
     if (modifiers_.alibi_slopes != nullptr) {
       const float slope = modifiers_.alibi_slopes[index_ * modifiers_.alibi_batch_stride + head_] * kLog2e;
-      for_each_element<kRowTiles, kColumnTiles>([&](int i, int j, int e) {
-        scores[i][j][e] = fmaf(-slope, distance(origin, i, j, e), scores[i][j][e]);
-      });
+      for_each_element<kRowTiles, kColumnTiles>(
+          [&](int i, int j, int e) { scores[i][j][e] = fmaf(-slope, distance(origin, i, j, e), scores[i][j][e]); });
     }
     if (modifiers_.mask.present) hide(scores, origin, modifiers_.mask);
     if (modifiers_.key_padding.present) hide(scores, origin, modifiers_.key_padding);

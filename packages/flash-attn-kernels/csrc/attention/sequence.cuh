@@ -61,8 +61,7 @@ struct Slot {
     index = 0;
     while (candidates > 1) {
       const int step = ceil_div(candidates, 32);
-      const bool starts_before =
-          lane * step < candidates && first_slot(layout, index + lane * step, tile_rows) <= slot;
+      const bool starts_before = lane * step < candidates && first_slot(layout, index + lane * step, tile_rows) <= slot;
       const int chosen = max(__popc(__ballot_sync(0xffffffffu, starts_before)) - 1, 0);
       index += chosen * step;
       candidates = min(step, candidates - chosen * step);

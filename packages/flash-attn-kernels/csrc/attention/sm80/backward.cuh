@@ -76,9 +76,9 @@ __device__ __forceinline__ void differentiate_scores(float (&scores)[kRowTiles][
 // The same with everything that modifies scores, and the gradients of what does. The bias is in the tile of dS.
 template <typename Config, int kRowTiles, int kColumnTiles>
 __device__ __forceinline__ void differentiate_modified_scores(
-    float (&scores)[kRowTiles][kColumnTiles][4], float (&ds)[kRowTiles][kColumnTiles][4],
-    SlopeGradient& slope_gradient, const BackwardParams& params, const Sequence& sequence, int head, bool masked,
-    const BackwardShared<Config>& shared, int stage, const FragmentOrigin& origin) {
+    float (&scores)[kRowTiles][kColumnTiles][4], float (&ds)[kRowTiles][kColumnTiles][4], SlopeGradient& slope_gradient,
+    const BackwardParams& params, const Sequence& sequence, int head, bool masked, const BackwardShared<Config>& shared,
+    int stage, const FragmentOrigin& origin) {
   const ModifierParams& modifiers = params.modifiers;
   const ScoreModifier modifier(params, sequence, head);
   float slopes[kRowTiles][kColumnTiles][4];
@@ -169,8 +169,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
       const float* source = thread < kVectorChunks ? params.lse_log2 : params.delta;
       const int chunk = thread % kVectorChunks;
       const uint32_t target = thread < kVectorChunks ? shared.lse(stage) : shared.delta(stage);
-      ptx::cp_async_16(target + chunk * 16,
-                       source + scratch_tile(params, first_query_slot, visit) * kRows + chunk * 4, true);
+      ptx::cp_async_16(target + chunk * 16, source + scratch_tile(params, first_query_slot, visit) * kRows + chunk * 4,
+                       true);
     }
   };
 

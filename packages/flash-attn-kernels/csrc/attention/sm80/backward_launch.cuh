@@ -9,15 +9,14 @@ namespace flash_attn::sm80 {
 
 template <typename Element, typename Variant>
 void launch_backward(const BackwardParams& params, int shared_bytes, cudaStream_t stream) {
-  with_backward_config<Variant>(params.dq_turn != nullptr, shared_bytes, [&]<typename Config>(Config) {
+  with_backward_config<Variant>(params.large_tiles, shared_bytes, [&]<typename Config>(Config) {
     const int64_t heads = params.shape.heads, kv_heads = heads / params.shape.heads_per_kv_head;
     const int64_t query_blocks = params.query_slots * heads;
     const int64_t key_blocks = params.key_slots * kv_heads * params.group_splits;
     launch<&backward_delta_kernel<Element, Config>>(query_blocks, Config::kThreads, 0, stream, params);
-    launch<&backward_kernel<Element, Config>>(key_blocks, Config::kThreads, Config::kSharedBytes, stream,
-                                                        params);
-    launch<&backward_dq_kernel<Element, Config>>(query_blocks, Config::kThreads, Config::QueryTile::kBytes,
-                                                           stream, params);
+    launch<&backward_kernel<Element, Config>>(key_blocks, Config::kThreads, Config::kSharedBytes, stream, params);
+    launch<&backward_dq_kernel<Element, Config>>(query_blocks, Config::kThreads, Config::QueryTile::kBytes, stream,
+                                                 params);
     if (params.dk_partial != nullptr) {
       const int64_t rows = params.keys.rows * (params.keys.cu_seqlens == nullptr ? params.shape.batch : int64_t{1});
       const auto sum = [&](const float* parts, const TensorView& gradient, int head_dim) {

@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(Config::kThreads)
     for (int column = chunk * kChunkElements; column < Config::kHeadDimV; column += kPanelElements) {
       if (exists && column < params.shape.head_dim_v) {
         delta += dot_chunk<Element, !Config::kGeneral>(out + row * params.out.row_stride + column,
-                                               dout + row * params.dout.row_stride + column,
-                                               params.shape.head_dim_v - column);
+                                                       dout + row * params.dout.row_stride + column,
+                                                       params.shape.head_dim_v - column);
       }
     }
 #pragma unroll

@@ -122,7 +122,8 @@ struct BackwardConfig {
   static constexpr TileShape kShape{kRows, kColumns, kWarps, kSharedBytes, kHeadDim};
 };
 
-// In deterministic mode every visit of a tile of queries waits for its turn, so larger tiles pay there.
+// In deterministic mode every visit of a tile of queries waits for its turn, so that larger tiles pay there, unless
+// sequences are short: LargeList.
 template <typename Variant>
 struct BackwardConfigs;
 
@@ -131,58 +132,57 @@ struct BackwardConfigs;
 template <>
 struct BackwardConfigs<Variant<64, 64, false>> {
   using List = ConfigList<BackwardConfig<64, 64, 64, 64, 4, 2, 2, 2, 2>>;
-  using DeterministicList =
+  using LargeList =
       ConfigList<BackwardConfig<64, 64, 128, 128, 8, 4, 4, 4, 2>, BackwardConfig<64, 64, 64, 64, 4, 2, 2, 2, 2>>;
 };
 template <>
 struct BackwardConfigs<Variant<96, 96, false>> {
-  using List =
-      ConfigList<BackwardConfig<96, 96, 64, 64, 4, 2, 2, 2, 2>, BackwardConfig<96, 96, 64, 64, 4, 2, 2, 2, 1>>;
-  using DeterministicList =
+  using List = ConfigList<BackwardConfig<96, 96, 64, 64, 4, 2, 2, 2, 2>, BackwardConfig<96, 96, 64, 64, 4, 2, 2, 2, 1>>;
+  using LargeList =
       ConfigList<BackwardConfig<96, 96, 64, 128, 8, 2, 4, 4, 2>, BackwardConfig<96, 96, 64, 64, 4, 2, 2, 2, 1>>;
 };
 template <>
 struct BackwardConfigs<Variant<128, 128, false>> {
   using List =
       ConfigList<BackwardConfig<128, 128, 64, 128, 8, 2, 4, 2, 2>, BackwardConfig<128, 128, 64, 64, 8, 4, 2, 2, 1>>;
-  using DeterministicList = List;
+  using LargeList = List;
 };
 template <>
 struct BackwardConfigs<Variant<192, 128, false>> {
   using List =
       ConfigList<BackwardConfig<192, 128, 64, 96, 8, 4, 2, 2, 2>, BackwardConfig<192, 128, 64, 64, 8, 4, 2, 2, 2>,
                  BackwardConfig<192, 128, 32, 64, 8, 2, 2, 2, 1>>;
-  using DeterministicList = List;
+  using LargeList = List;
 };
 template <>
 struct BackwardConfigs<Variant<192, 192, false>> {
   using List =
       ConfigList<BackwardConfig<192, 192, 64, 96, 8, 4, 2, 2, 2>, BackwardConfig<192, 192, 64, 64, 8, 4, 2, 2, 2>,
                  BackwardConfig<192, 192, 32, 64, 8, 2, 2, 2, 1>>;
-  using DeterministicList = List;
+  using LargeList = List;
 };
 template <>
 struct BackwardConfigs<Variant<256, 256, false>> {
   using List =
       ConfigList<BackwardConfig<256, 256, 64, 64, 8, 4, 2, 2, 2>, BackwardConfig<256, 256, 64, 64, 8, 4, 2, 2, 1>,
                  BackwardConfig<256, 256, 32, 32, 4, 2, 2, 2, 1>>;
-  using DeterministicList = List;
+  using LargeList = List;
 };
 template <>
 struct BackwardConfigs<Variant<64, 64, true>> {
   using List = ConfigList<BackwardConfig<64, 64, 64, 64, 4, 2, 2, 2, 2, true>>;
-  using DeterministicList = List;
+  using LargeList = List;
 };
 template <>
 struct BackwardConfigs<Variant<128, 128, true>> {
   using List = ConfigList<BackwardConfig<128, 128, 64, 64, 8, 4, 2, 2, 1, true>>;
-  using DeterministicList = List;
+  using LargeList = List;
 };
 template <>
 struct BackwardConfigs<Variant<256, 256, true>> {
-  using List =
-      ConfigList<BackwardConfig<256, 256, 32, 64, 8, 2, 2, 2, 1, true>, BackwardConfig<256, 256, 32, 32, 4, 2, 2, 2, 1, true>>;
-  using DeterministicList = List;
+  using List = ConfigList<BackwardConfig<256, 256, 32, 64, 8, 2, 2, 2, 1, true>,
+                          BackwardConfig<256, 256, 32, 32, 4, 2, 2, 2, 1, true>>;
+  using LargeList = List;
 };
 
 // Calls `function` with the first configuration that fits `shared_bytes`; the last one serves every device.
@@ -202,10 +202,10 @@ constexpr auto with_forward_config(int shared_bytes, const Function& function) {
 }
 
 template <typename Variant, typename Function>
-constexpr auto with_backward_config(bool deterministic, int shared_bytes, const Function& function) {
+constexpr auto with_backward_config(bool large_tiles, int shared_bytes, const Function& function) {
   using Configs = BackwardConfigs<Variant>;
-  return deterministic ? with_config(typename Configs::DeterministicList{}, shared_bytes, function)
-                       : with_config(typename Configs::List{}, shared_bytes, function);
+  return large_tiles ? with_config(typename Configs::LargeList{}, shared_bytes, function)
+                     : with_config(typename Configs::List{}, shared_bytes, function);
 }
 
 }  // namespace flash_attn::sm80

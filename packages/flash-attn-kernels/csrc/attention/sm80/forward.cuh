@@ -45,8 +45,9 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, uint32
   const int warp_row = (thread / 32) * 16 * Config::kRowTiles;
   const float sink = params.learnable_sink == nullptr ? -INFINITY : params.learnable_sink[work.head];
   // General scores carry the scale already, and are in base 2.
-  softmax.finalize(out, Config::kGeneral ? 1.f / kLog2e : params.softmax_scale, Config::kGeneral ? params.modifiers.keep_scale : 1.f,
-                   sink, work.first_query + warp_row + lane / 4, sequence.seqlen_q);
+  softmax.finalize(out, Config::kGeneral ? 1.f / kLog2e : params.softmax_scale,
+                   Config::kGeneral ? params.modifiers.keep_scale : 1.f, sink, work.first_query + warp_row + lane / 4,
+                   sequence.seqlen_q);
   if (lane % 4 == 0) {
     float* lse = params.lse + lse_offset(params, sequence, work.head);
 #pragma unroll
@@ -86,12 +87,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
   const typename Config::ValueTile v_tile{k_tile.base + Config::KeyTile::kBytes};
   const typename Config::BiasTile bias_tile{v_tile.base + Config::ValueTile::kBytes};
 
-  const Rows keys = key_rows(
-      Rows(params, params.k, sequence.index, sequence.first_k, sequence.seqlen_k, kv_head, shape.head_dim), params,
-      sequence.index, params.modifiers.pages.k_page_stride);
-  const Rows values = key_rows(
-      Rows(params, params.v, sequence.index, sequence.first_k, sequence.seqlen_k, kv_head, shape.head_dim_v), params,
-      sequence.index, params.modifiers.pages.v_page_stride);
+  const Rows keys =
+      key_rows(Rows(params, params.k, sequence.index, sequence.first_k, sequence.seqlen_k, kv_head, shape.head_dim),
+               params, sequence.index, params.modifiers.pages.k_page_stride);
+  const Rows values =
+      key_rows(Rows(params, params.v, sequence.index, sequence.first_k, sequence.seqlen_k, kv_head, shape.head_dim_v),
+               params, sequence.index, params.modifiers.pages.v_page_stride);
   const auto load_keys = [&](int n) {
     load_tile_async<Config::kThreads>(k_tile, keys, n * Config::kColumns, ptx::thread_index());
   };
@@ -99,8 +100,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
     load_tile_async<Config::kThreads>(v_tile, values, n * Config::kColumns, ptx::thread_index());
   };
 
-  const TileRange range =
-      visible_key_tiles(sequence, params.window, work.first_query, Config::kRows, Config::kColumns);
+  const TileRange range = visible_key_tiles(sequence, params.window, work.first_query, Config::kRows, Config::kColumns);
   float out[Config::kRowTiles][kOutTiles][4];
   clear(out);
   OnlineSoftmax<Config::kRowTiles> softmax;
@@ -142,8 +142,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
     if constexpr (Config::kGeneral) {
       float slopes[Config::kRowTiles][kScoreTiles][4];  // only the backward needs them
       ScoreModifier(params, sequence, work.head).apply(scores, slopes, origin, bias_tile);
-      masked = !is_clean(sequence, params.window, work.first_query, Config::kRows, n * Config::kColumns,
-                         Config::kColumns);
+      masked =
+          !is_clean(sequence, params.window, work.first_query, Config::kRows, n * Config::kColumns, Config::kColumns);
     }
     if (masked) mask_scores(scores, sequence, params.window, origin.row, origin.column);
     softmax.template update<kMasked>(scores, out, Config::kGeneral ? 1.f : params.softmax_scale_log2);

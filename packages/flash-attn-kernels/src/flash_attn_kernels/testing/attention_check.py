@@ -60,15 +60,20 @@ def assert_results_obey_the_law(actual: Results, tensors: AttentionTensors) -> N
         expected, approximate = exact_results[name], plain_results[name]
         modifier = name.removeprefix("d")
         if modifier in tensors.modifiers and 0 < expected.numel() <= _FEW_ELEMENTS:
-            worst = (approximate - expected).abs().amax()
+            worst = _largest_finite(approximate - expected)
             for draw in range(_SIGN_DRAWS):
                 difference = plain.resigned_gradient(modifier, draw) - exact.resigned_gradient(modifier, draw)
-                worst = torch.maximum(worst, difference.abs().amax())
+                worst = torch.maximum(worst, _largest_finite(difference))
             approximate = expected + worst
         factor, atol = (2.0, 1e-5) if name in ("out", "lse") else (3.0, 1e-4)
         assert_within_reference_error(
             actual[name], expected, approximate, factor=factor, atol=atol, name=name
         )
+
+
+def _largest_finite(difference: Tensor) -> Tensor:
+    """Plain fp16 sums may overflow: such an element has no error to learn from, the others do."""
+    return difference.abs().nan_to_num(nan=0.0, posinf=0.0).amax()
 
 
 def public_results(tensors: AttentionTensors, *, strict: bool = True) -> Results:
