@@ -15,6 +15,7 @@
 
 #include "../attention/params.h"
 #include "../attention/sm80/head_dims.h"
+#include "allocate.h"
 
 namespace flash_attn::api {
 
@@ -33,8 +34,6 @@ struct AttentionArguments {
   bool packed() const { return cu_seqlens_q.has_value(); }
   bool paged() const { return block_table.has_value(); }
 };
-
-inline Tensor new_contiguous(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
 
 // The kernels take any strides but that of the last dimension.
 inline Tensor with_dense_rows(const char* name, const Tensor& x, int64_t dim, const Tensor& q) {

@@ -46,7 +46,7 @@ sm80::TileShape backward_tile(int head_dim, int head_dim_v, bool general, bool l
 
 float* float_data(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
-Tensor no_gradient(const Tensor& like) { return torch::stable::new_empty(like, {0}, ScalarType::Float); }
+Tensor no_gradient(const Tensor& like) { return new_tensor(like, {0}, ScalarType::Float); }
 
 // Into how many parts the query heads of one key-value head are divided among blocks, so that few long sequences with
 // few key-value heads still fill the device.
@@ -84,10 +84,10 @@ std::tuple<Tensor, Tensor> sm80_forward(Tensor q, Tensor k, Tensor v, std::optio
   q = with_dense_rows("q", q, dim, q);
   k = with_dense_rows("k", k, key_dim, q), v = with_dense_rows("v", v, key_dim, q);
   const int64_t head_dim_v = v.size(key_dim - 1);
-  Tensor out = dim == 3 ? torch::stable::new_empty(q, {q.size(0), q.size(1), head_dim_v})
-                        : torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), head_dim_v});
-  Tensor lse = dim == 3 ? torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float)
-                        : torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
+  Tensor out = dim == 3 ? new_tensor(q, {q.size(0), q.size(1), head_dim_v}, q.scalar_type())
+                        : new_tensor(q, {q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type());
+  Tensor lse = dim == 3 ? new_tensor(q, {q.size(1), q.size(0)}, ScalarType::Float)
+                        : new_tensor(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   const ForwardParams params{attention_params(arguments, q, k, v, out, {&q, &k, &v, &out}), float_data(lse), 0};
   const int shared_bytes = device_limits(q.get_device_index()).shared_bytes_per_block;
   const cudaStream_t stream = current_stream(q);
@@ -141,25 +141,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sm80_backward(
       deterministic ? deterministic_interleave(params, params.key_slots, limits.multiprocessors) : 1;
 
   const int64_t query_tiles = static_cast<int64_t>(params.query_slots) * shape.heads;
-  const auto scratch = [&](int64_t elements) { return torch::stable::new_empty(q, {elements}, ScalarType::Float); };
-  const auto zeros = [&](std::initializer_list<int64_t> sizes, ScalarType dtype) {
-    return torch::stable::new_zeros(q, sizes, dtype);
-  };
-  const Tensor lse_log2 = scratch(query_tiles * tile.rows), delta = scratch(query_tiles * tile.rows);
-  const Tensor dq_accumulator = zeros({query_tiles * tile.rows * tile.head_dim}, ScalarType::Float);
-  const Tensor dq_turn = zeros({deterministic ? query_tiles : 0}, ScalarType::Int);
-  const int64_t parts = params.group_splits > 1 ? params.group_splits : 0;
-  const Tensor dk_partial = scratch(parts * k.numel()), dv_partial = scratch(parts * v.numel());
-  const Tensor sink_partial = scratch(needs_learnable_sink ? query_tiles : 0);
   const int64_t key_tiles = static_cast<int64_t>(params.key_slots) * shape.heads;
-  const Tensor slope_partial = zeros({needs_alibi_slopes ? key_tiles * tile.warps : 0}, ScalarType::Float);
-  params.lse_log2 = float_data(lse_log2), params.delta = float_data(delta);
-  params.dq_accumulator = float_data(dq_accumulator);
-  params.dq_turn = deterministic ? static_cast<int*>(dq_turn.data_ptr()) : nullptr;
-  params.dk_partial = parts > 0 ? float_data(dk_partial) : nullptr;
-  params.dv_partial = parts > 0 ? float_data(dv_partial) : nullptr;
-  params.sink_partial = needs_learnable_sink ? float_data(sink_partial) : nullptr;
-  params.slope_partial = needs_alibi_slopes ? float_data(slope_partial) : nullptr;
+  const int64_t parts = params.group_splits > 1 ? params.group_splits : 0;
+  ScratchLayout layout;
+  const int64_t dq_accumulator = layout.add(query_tiles * tile.rows * tile.head_dim);
+  const int64_t dq_turn = layout.add(deterministic ? query_tiles : 0);
+  const int64_t slope_partial = layout.add(needs_alibi_slopes ? key_tiles * tile.warps : 0);
+  const int64_t zeroed_bytes = layout.bytes();
+  const int64_t lse_log2 = layout.add(query_tiles * tile.rows), delta = layout.add(query_tiles * tile.rows);
+  const int64_t dk_partial = layout.add(parts * k.numel()), dv_partial = layout.add(parts * v.numel());
+  const int64_t sink_partial = layout.add(needs_learnable_sink ? query_tiles : 0);
+  const Tensor scratch = new_tensor(q, {layout.bytes()}, ScalarType::Byte);
+  const cudaStream_t stream = current_stream(q);
+  if (zeroed_bytes > 0) FLASH_ATTN_CUDA_CHECK(cudaMemsetAsync(scratch.data_ptr(), 0, zeroed_bytes, stream));
+  const auto floats = [base = static_cast<char*>(scratch.data_ptr())](int64_t offset) {
+    return reinterpret_cast<float*>(base + offset);
+  };
+  params.lse_log2 = floats(lse_log2), params.delta = floats(delta);
+  params.dq_accumulator = floats(dq_accumulator);
+  params.dq_turn = deterministic ? reinterpret_cast<int*>(floats(dq_turn)) : nullptr;
+  params.dk_partial = parts > 0 ? floats(dk_partial) : nullptr;
+  params.dv_partial = parts > 0 ? floats(dv_partial) : nullptr;
+  params.sink_partial = needs_learnable_sink ? floats(sink_partial) : nullptr;
+  params.slope_partial = needs_alibi_slopes ? floats(slope_partial) : nullptr;
 
   Tensor dbias = no_gradient(q), dslopes = no_gradient(q), dsink = no_gradient(q);
   if (needs_attn_bias) {
@@ -175,18 +179,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sm80_backward(
       params.dbias.rows = params.queries.rows, params.dbias.columns = params.keys.rows;
     }
   }
-  const cudaStream_t stream = current_stream(q);
   for_kernel(q, params, [&]<typename Element, typename Variant>(Element, Variant) {
     sm80::launch_backward<Element, Variant>(params, limits.shared_bytes_per_block, stream);
   });
   if (needs_alibi_slopes) {
-    dslopes = torch::stable::new_empty(q, {shape.batch, shape.heads}, ScalarType::Float);
+    dslopes = new_tensor(q, {shape.batch, shape.heads}, ScalarType::Float);
     sm80::launch_partial_sum({params.keys, shape.batch, shape.heads, tile.columns, params.key_slots, tile.warps,
                               params.slope_partial, float_data(dslopes)},
                              stream);
   }
   if (needs_learnable_sink) {
-    dsink = torch::stable::new_empty(q, {shape.batch, shape.heads}, ScalarType::Float);
+    dsink = new_tensor(q, {shape.batch, shape.heads}, ScalarType::Float);
     sm80::launch_partial_sum({params.queries, shape.batch, shape.heads, tile.rows, params.query_slots, 1,
                               params.sink_partial, float_data(dsink)},
                              stream);

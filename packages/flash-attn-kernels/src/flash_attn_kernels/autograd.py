@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,9 +44,9 @@ def attend(
         # It refuses a tensor that is passed twice to one autograd.Function, as k and v or both cu_seqlens may be.
         k, v = k.view_as(k), v.view_as(v)
         if packed is not None:
-            packed = replace(packed, cu_seqlens_k=packed.cu_seqlens_k.view_as(packed.cu_seqlens_k))
+            packed = packed._replace(cu_seqlens_k=packed.cu_seqlens_k.view_as(packed.cu_seqlens_k))
             if packed.seqused_k is not None:
-                packed = replace(packed, seqused_k=packed.seqused_k.view_as(packed.seqused_k))
+                packed = packed._replace(seqused_k=packed.seqused_k.view_as(packed.seqused_k))
     if modifiers is NO_MODIFIERS and seed_and_offset is None and packed is None:
         return _Attention.apply(q, k, v, (options, path, False, False, False))
     others: tuple[Tensor | None, ...] = ()

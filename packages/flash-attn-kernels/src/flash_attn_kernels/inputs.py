@@ -1,16 +1,18 @@
-"""The tensors and options of one attention call, in the form that every path takes."""
+"""The tensors and options of one attention call, in the form that every path takes.
+
+Named tuples, because every call makes some, and a frozen dataclass takes several times as long.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .options import AttentionOptions
 
 
-@dataclass(frozen=True)
-class PackedLayout:
+class PackedLayout(NamedTuple):
     """How packed (varlen) tensors divide into sequences.
 
     Token t of sequence b is row ``cu_seqlens[b] + t``; with ``seqused`` int32 (B,) only the first ``seqused[b]`` of
@@ -25,8 +27,7 @@ class PackedLayout:
     block_table: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class ScoreModifiers:
+class ScoreModifiers(NamedTuple):
     """Tensors that change the scores. B is the number of sequences; size 1 stands for every index of its dimension.
 
     Rows and columns of ``attn_bias`` and ``attn_mask`` are positions inside a sequence, in packed calls too. Where
@@ -40,21 +41,19 @@ class ScoreModifiers:
     learnable_sink: Tensor | None = None  # (H,): one more logit per row, without a value
 
 
-@dataclass(frozen=True)
-class AttentionInputs:
+class AttentionInputs(NamedTuple):
     """One call: dense (B, S, H, D) tensors, or packed (T, H, D) tensors with a layout."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     options: AttentionOptions
-    modifiers: ScoreModifiers = field(default_factory=ScoreModifiers)
+    modifiers: ScoreModifiers = ScoreModifiers()
     seed_and_offset: Tensor | None = None
     packed: PackedLayout | None = None
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """Gradients of one call. Those of the modifiers are None where there is no such tensor or none was asked for."""
 
     q: Tensor
