@@ -55,6 +55,10 @@ def test_operators_pass_torch_checks(packed: bool, modified: bool) -> None:
     forward_arguments = (q, k, v, *layout, *modifiers, *scalars)
     torch.library.opcheck(operators.sm80_forward.default, forward_arguments)
     out, lse = operators.sm80_forward(*forward_arguments)
+    if not packed and not modified:
+        dense_arguments = (q, k, v, *scalars[:4])
+        torch.library.opcheck(operators.sm80_forward_dense.default, dense_arguments)
+        assert all(map(torch.equal, operators.sm80_forward_dense(*dense_arguments), (out, lse)))
     for dlse in (None, torch.randn_like(lse)):
         backward_arguments = (
             torch.randn_like(out), q, k, v, out, lse, dlse, *layout, *modifiers, *scalars,

@@ -35,6 +35,7 @@ def test_shapes_without_a_gpu(device: str) -> None:
         out, lse = library.sm80_forward(q, k, v, *NO_TENSORS, *OPTIONS)
         assert out.shape == (2, 5, 6, 32) and out.dtype == q.dtype
         assert lse.shape == (2, 6, 5) and lse.dtype == torch.float32
+        assert [x.shape for x in library.sm80_forward_dense(q, k, v, *OPTIONS[:4])] == [out.shape, lse.shape]
         gradients = library.sm80_backward(
             out, q, k, v, out, lse, None, *NO_TENSORS, *OPTIONS, False, False, False, False
         )
@@ -47,6 +48,7 @@ def test_schemas_and_fakes_agree() -> None:
     assert library.load_error() is None
     for name, fake in (
         ("sm80_forward", library._fake_sm80_forward),
+        ("sm80_forward_dense", library._fake_sm80_forward_dense),
         ("sm80_backward", library._fake_sm80_backward),
     ):
         schema = getattr(torch.ops.flash_attn_kernels, name).default._schema

@@ -5,6 +5,7 @@ What differs from a call on a GPU is the kernels alone: arguments, conversions, 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -121,6 +122,10 @@ def backward(
     return (*dqkv, dbias, dslopes, dsink)
 
 
+def forward_dense(operators: Any, q: Tensor, k: Tensor, v: Tensor, *scale_and_window: Any) -> Any:
+    return operators.forward.default(q, k, v, *(None,) * 11, *scale_and_window, 0.0, 0.0)
+
+
 @pytest.fixture(scope="module")
 def operators() -> Iterator[Any]:
     """``torch.ops.flash_attn_stand_in.forward`` and ``.backward``."""
@@ -139,6 +144,7 @@ def operators() -> Iterator[Any]:
 @pytest.fixture(autouse=True)
 def sm80_on_the_cpu(monkeypatch: pytest.MonkeyPatch, operators: Any) -> None:
     monkeypatch.setattr(library, "sm80_forward", operators.forward.default)
+    monkeypatch.setattr(library, "sm80_forward_dense", functools.partial(forward_dense, operators))
     monkeypatch.setattr(library, "sm80_backward", operators.backward.default)
     monkeypatch.setattr(call, "choose_path", lambda problem: Explanation("sm80", ()))
     monkeypatch.setattr(call, "_cached_plan", call._plan)

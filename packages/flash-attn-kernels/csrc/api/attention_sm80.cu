@@ -97,6 +97,12 @@ std::tuple<Tensor, Tensor> sm80_forward(Tensor q, Tensor k, Tensor v, std::optio
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor> sm80_forward_dense(Tensor q, Tensor k, Tensor v, double softmax_scale, int64_t window_left,
+                                              int64_t window_right, bool top_left) {
+  return sm80_forward(q, k, v, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, softmax_scale, window_left, window_right,
+                      top_left, /*softcap=*/0, /*dropout_p=*/0);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sm80_backward(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, std::optional<Tensor> dlse,
     std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> seqused_q,
@@ -219,6 +225,7 @@ std::tuple<int64_t, int64_t, int64_t, int64_t> sm80_backward_tile(int64_t head_d
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_kernels, CUDA, m) {
   m.impl("sm80_forward", TORCH_BOX(&sm80_forward));
+  m.impl("sm80_forward_dense", TORCH_BOX(&sm80_forward_dense));
   m.impl("sm80_backward", TORCH_BOX(&sm80_backward));
 }
 

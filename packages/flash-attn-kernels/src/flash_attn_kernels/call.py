@@ -18,7 +18,7 @@ from torch import Tensor
 from . import autograd, checks, library, modifiers, portable
 from .autocast import autocast_is_on, autocast_switched_off, to_autocast_dtype
 from .dispatch import AttentionProblem, Explanation, choose_path
-from .inputs import AttentionInputs, PackedLayout, ScoreModifiers
+from .inputs import NO_MODIFIERS, AttentionInputs, PackedLayout, ScoreModifiers
 from .options import AttentionOptions, make_options
 from .philox import draw_seed_and_offset
 from .tracing import constant_under_compile
@@ -121,7 +121,7 @@ def prepare(
     grad_enabled = torch.is_grad_enabled()
     needs_gradient = grad_enabled and (q.requires_grad or k.requires_grad or v.requires_grad)
     sums_broadcast_bias = False
-    score_modifiers = autograd.NO_MODIFIERS
+    score_modifiers = NO_MODIFIERS
     if not (
         attn_bias is None
         and attn_mask is None

@@ -41,6 +41,9 @@ class ScoreModifiers(NamedTuple):
     learnable_sink: Tensor | None = None  # (H,): one more logit per row, without a value
 
 
+NO_MODIFIERS = ScoreModifiers()  # this one, so that a call without any is told by identity
+
+
 class AttentionInputs(NamedTuple):
     """One call: dense (B, S, H, D) tensors, or packed (T, H, D) tensors with a layout."""
 
@@ -48,7 +51,7 @@ class AttentionInputs(NamedTuple):
     k: Tensor
     v: Tensor
     options: AttentionOptions
-    modifiers: ScoreModifiers = ScoreModifiers()
+    modifiers: ScoreModifiers = NO_MODIFIERS
     seed_and_offset: Tensor | None = None
     packed: PackedLayout | None = None
 

@@ -20,6 +20,7 @@ LIBRARY_PATH = Path(__file__).parent / "lib" / "libflash_attn_kernels.so"
 # The operators, once the library is loaded: kept here because looking them up in torch.ops takes longer than a call
 # of Python does.
 sm80_forward: Any = None
+sm80_forward_dense: Any = None
 sm80_backward: Any = None
 
 
@@ -31,7 +32,7 @@ def load_error() -> str | None:
 
 @functools.cache
 def _load() -> str | None:
-    global sm80_forward, sm80_backward
+    global sm80_forward, sm80_forward_dense, sm80_backward
     if not LIBRARY_PATH.exists():
         return (
             "this installation has no compiled kernels (install a platform wheel, or build with "
@@ -42,8 +43,10 @@ def _load() -> str | None:
     except (OSError, RuntimeError) as error:
         return f"the compiled kernels failed to load: {error.__cause__ or error}"
     torch.library.register_fake("flash_attn_kernels::sm80_forward", _fake_sm80_forward)
+    torch.library.register_fake("flash_attn_kernels::sm80_forward_dense", _fake_sm80_forward_dense)
     torch.library.register_fake("flash_attn_kernels::sm80_backward", _fake_sm80_backward)
     sm80_forward = torch.ops.flash_attn_kernels.sm80_forward.default
+    sm80_forward_dense = torch.ops.flash_attn_kernels.sm80_forward_dense.default
     sm80_backward = torch.ops.flash_attn_kernels.sm80_backward.default
     return None
 
@@ -76,6 +79,13 @@ def _fake_sm80_forward(
     *tokens, H, _ = q.shape  # (B, Sq) or (Tq,)
     *batch, rows = tokens
     return q.new_empty((*tokens, H, v.shape[-1])), q.new_empty((*batch, H, rows), dtype=torch.float32)
+
+
+def _fake_sm80_forward_dense(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, window_left: int, window_right: int, top_left: bool
+) -> tuple[Tensor, Tensor]:
+    B, Sq, H, _ = q.shape
+    return q.new_empty((B, Sq, H, v.shape[-1])), q.new_empty((B, H, Sq), dtype=torch.float32)
 
 
 def _fake_sm80_backward(

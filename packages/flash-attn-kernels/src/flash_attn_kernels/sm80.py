@@ -10,14 +10,18 @@ from typing import Any
 from torch import Tensor
 
 from . import library
-from .inputs import AttentionInputs, Gradients
+from .inputs import NO_MODIFIERS, AttentionInputs, Gradients
+from .options import AttentionOptions
 
 _UNBOUNDED = -1
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """``out`` in the layout of q with the head dim of v, in its dtype, and ``lse`` fp32: (B, H, Sq) or (H, Tq)."""
-    return library.sm80_forward(inputs.q, inputs.k, inputs.v, *_layout_and_options(inputs))
+    q, k, v, options, modifiers, seed_and_offset, packed = inputs
+    if packed is None and seed_and_offset is None and options.softcap == 0.0 and modifiers is NO_MODIFIERS:
+        return library.sm80_forward_dense(q, k, v, options.softmax_scale, *_window(options), options.top_left)
+    return library.sm80_forward(q, k, v, *_layout_and_options(inputs))
 
 
 def backward(
@@ -81,9 +85,13 @@ def _layout_and_options(inputs: AttentionInputs) -> tuple[Any, ...]:
         None if sink is None else sink.float().contiguous(),
         inputs.seed_and_offset,
         options.softmax_scale,
-        _UNBOUNDED if options.window_left is None else options.window_left,
-        _UNBOUNDED if options.window_right is None else options.window_right,
+        *_window(options),
         options.top_left,
         options.softcap,
         options.dropout_p,
     )
+
+
+def _window(options: AttentionOptions) -> tuple[int, int]:
+    left, right = options.window_left, options.window_right
+    return _UNBOUNDED if left is None else left, _UNBOUNDED if right is None else right
