@@ -122,7 +122,7 @@ def bench_case(case: str, batches: int, calls_per_batch: int) -> list[dict[str, 
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    batches, calls_per_batch = (7, 200) if arguments.quick else (31, 1000)
+    batches, calls_per_batch = (7, 200) if arguments.quick else (15, 300)
     for case in CASES:
         yield bench_case(case, batches, calls_per_batch)
 

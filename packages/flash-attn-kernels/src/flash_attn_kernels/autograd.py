@@ -20,9 +20,9 @@ _MODIFIERS = 5  # fields of ScoreModifiers, and which of them have gradients
 _ATTN_BIAS, _ALIBI_SLOPES, _LEARNABLE_SINK = 0, 3, 4
 
 
-# Everything about a call that is not a tensor: options, path, and which groups of tensors follow q, k and v: modifiers,
-# seed, layout. A plain tuple, as it is made in every call.
-_Structure = tuple[AttentionOptions, str, bool, bool, bool]
+# Everything about a call that is not a tensor: options, path, whether lse is a result, and which groups of tensors
+# follow q, k and v: modifiers, seed, layout. A plain tuple, as it is made in every call.
+_Structure = tuple[AttentionOptions, str, bool, bool, bool, bool]
 
 
 def attend(
@@ -35,45 +35,38 @@ def attend(
     packed: PackedLayout | None,
     path: str,
     needs_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the call on ``path``; without ``needs_gradient`` nothing is recorded or kept."""
+    returns_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of the call on ``path``; without ``needs_gradient`` nothing is recorded or kept.
+
+    Without ``returns_lse`` the second may be None: autograd spends time on every result.
+    """
     if not needs_gradient:
         return PATHS[path].forward(AttentionInputs(q, k, v, options, modifiers, seed_and_offset, packed))
+    apply = _apply_without_functorch
     if torch.compiler.is_compiling():
+        apply = _Attention.apply
         # It refuses a tensor that is passed twice to one autograd.Function, as k and v or both cu_seqlens may be.
         k, v = k.view_as(k), v.view_as(v)
         if packed is not None:
             packed = packed._replace(cu_seqlens_k=packed.cu_seqlens_k.view_as(packed.cu_seqlens_k))
             if packed.seqused_k is not None:
                 packed = packed._replace(seqused_k=packed.seqused_k.view_as(packed.seqused_k))
-    if modifiers is NO_MODIFIERS and seed_and_offset is None and packed is None:
-        return _Attention.apply(q, k, v, (options, path, False, False, False))
-    others: tuple[Tensor | None, ...] = ()
-    if modifiers is not NO_MODIFIERS:
-        others = (
-            modifiers.attn_bias,
-            modifiers.attn_mask,
-            modifiers.key_padding_mask,
-            modifiers.alibi_slopes,
-            modifiers.learnable_sink,
-        )
-    structure = (options, path, len(others) > 0, seed_and_offset is not None, packed is not None)
-    if seed_and_offset is not None:
+    elif torch._C._are_functorch_transforms_active():
+        apply = _Attention.apply  # which says what it cannot do
+    has_modifiers, has_seed = modifiers is not NO_MODIFIERS, seed_and_offset is not None
+    structure = (options, path, returns_lse, has_modifiers, has_seed, packed is not None)
+    others: tuple[Tensor | None, ...] = modifiers if has_modifiers else ()
+    if has_seed:
         others = (*others, seed_and_offset)
     if packed is not None:
-        layout = (
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_k,
-            packed.seqused_q,
-            packed.seqused_k,
-            packed.block_table,
-        )
-        others = others + layout
-    return _Attention.apply(q, k, v, structure, *others)
+        others = (*others, *packed)
+    results = apply(q, k, v, structure, *others)
+    return results if returns_lse else (results, None)
 
 
 class _Attention(torch.autograd.Function):
-    """(out, lse) with gradients to q, k, v, attn_bias, alibi_slopes and learnable_sink.
+    """out, or (out, lse), with gradients to q, k, v, attn_bias, alibi_slopes and learnable_sink.
 
     ``others`` are the groups of tensors that the structure names. They are passed one by one, since autograd and
     torch.compile look for tensors only there, and by groups, since every argument costs time, an absent one too.
@@ -82,44 +75,57 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, structure: _Structure, *others: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = PATHS[structure[1]].forward(_inputs(q, k, v, structure, others))
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        _, path, returns_lse, *_ = structure
+        out, lse = PATHS[path].forward(_inputs(q, k, v, structure, others))
         ctx.save_for_backward(q, k, v, out, lse, *others)
         ctx.structure = structure
+        if not returns_lse:
+            return out
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *others = ctx.saved_tensors
-        _, path, has_modifiers, *_ = ctx.structure
-        if dout is None and dlse is None:
-            return (None,) * (4 + len(others))
-        if dout is None:
-            dout = torch.zeros_like(out)
-        needed = ctx.needs_input_grad[4:] if has_modifiers else (False,) * _MODIFIERS
-        with autocast_switched_off(q) if autocast_is_on(q) else nullcontext():
-            gradients: Gradients = PATHS[path].backward(
-                _inputs(q, k, v, ctx.structure, others),
-                out,
-                lse,
-                dout,
-                dlse,
-                needs_attn_bias=needed[_ATTN_BIAS],
-                needs_alibi_slopes=needed[_ALIBI_SLOPES],
-                needs_learnable_sink=needed[_LEARNABLE_SINK],
-            )
-        of_others: list[Tensor | None] = [None] * len(others)
-        if has_modifiers:
-            of_others[_ATTN_BIAS] = gradients.attn_bias
-            of_others[_ALIBI_SLOPES] = gradients.alibi_slopes
-            of_others[_LEARNABLE_SINK] = gradients.learnable_sink
-        return gradients.q, gradients.k, gradients.v, None, *of_others
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        # Only create_graph needs to be told that there is no second derivative, and being told takes time.
+        function = once_differentiable(_gradients) if torch.is_grad_enabled() else _gradients
+        return function(ctx, dout, dlse)
+
+
+# Function.apply without its Python, which serves the transforms of torch.func alone and takes a tenth of a call's time.
+_apply_without_functorch = super(torch.autograd.Function, _Attention).apply
+
+
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of everything that was passed to ``apply``."""
+    q, k, v, out, lse, *others = ctx.saved_tensors
+    _, path, _, has_modifiers, *_ = ctx.structure
+    if dout is None and dlse is None:
+        return (None,) * (4 + len(others))
+    if dout is None:
+        dout = torch.zeros_like(out)
+    needed = ctx.needs_input_grad[4:] if has_modifiers else (False,) * _MODIFIERS
+    with autocast_switched_off(q) if autocast_is_on(q) else nullcontext():
+        gradients: Gradients = PATHS[path].backward(
+            _inputs(q, k, v, ctx.structure, others),
+            out,
+            lse,
+            dout,
+            dlse,
+            needs_attn_bias=needed[_ATTN_BIAS],
+            needs_alibi_slopes=needed[_ALIBI_SLOPES],
+            needs_learnable_sink=needed[_LEARNABLE_SINK],
+        )
+    of_others: list[Tensor | None] = [None] * len(others)
+    if has_modifiers:
+        of_others[_ATTN_BIAS] = gradients.attn_bias
+        of_others[_ALIBI_SLOPES] = gradients.alibi_slopes
+        of_others[_LEARNABLE_SINK] = gradients.learnable_sink
+    return gradients.q, gradients.k, gradients.v, None, *of_others
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor, structure: _Structure, others: Any) -> AttentionInputs:
-    options, _, has_modifiers, has_seed, is_packed = structure
+    options, _, _, has_modifiers, has_seed, is_packed = structure
     if not others:
         return AttentionInputs(q, k, v, options, NO_MODIFIERS)
     modifiers = ScoreModifiers(*others[:_MODIFIERS]) if has_modifiers else NO_MODIFIERS

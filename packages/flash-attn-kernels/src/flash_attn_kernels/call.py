@@ -70,10 +70,11 @@ def run(
     call = (q, k, v, options, score_modifiers, seed_and_offset, packed, explanation.path, needs_gradient)
     if autocast:
         with autocast_switched_off(q):
-            out, lse = autograd.attend(*call)
+            out, lse = autograd.attend(*call, return_lse or return_attn_probs)
     else:
-        out, lse = autograd.attend(*call)
+        out, lse = autograd.attend(*call, return_lse or return_attn_probs)
     if return_attn_probs:
+        assert lse is not None  # since it was asked for
         inputs = AttentionInputs(q, k, v, options, score_modifiers, seed_and_offset, packed)
         with torch.no_grad():
             return out, lse, portable.probabilities(inputs, lse)
@@ -113,10 +114,10 @@ def prepare(
         q, k, v = (to_autocast_dtype(x, device_type) for x in (q, k, v))
     if packed is None:
         layout = "dense"
-        checks.check_tensors(q, k, v, layout=layout)
+        head_dim, head_dim_v = checks.check_tensors(q, k, v, layout=layout)
     else:
         layout = "packed" if packed.block_table is None else "paged"
-        checks.check_packed(q, k, v, packed)
+        head_dim, head_dim_v = checks.check_packed(q, k, v, packed)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     grad_enabled = torch.is_grad_enabled()
     needs_gradient = grad_enabled and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -149,8 +150,8 @@ def prepare(
     options, explanation = plan(
         q.device,
         q.dtype,
-        q.size(-1),
-        v.size(-1),
+        head_dim,
+        head_dim_v,
         layout,
         None if softmax_scale is None else float(softmax_scale),
         causal,

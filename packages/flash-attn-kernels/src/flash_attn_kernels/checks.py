@@ -26,8 +26,8 @@ _SHAPES = {
 }
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, *, layout: str) -> None:
-    """Ranks, devices, dtypes, head dims and head counts of q, k, v.
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, *, layout: str) -> tuple[int, int]:
+    """Ranks, devices, dtypes, head dims and head counts of q, k, v; returns the head dims of q and v.
 
     ``layout`` is "dense" (B, S, H, D), "packed" (T, H, D) or "paged" (packed q, paged k and v).
     """
@@ -50,8 +50,9 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, *, layout: str) -> None:
             and k.device == device
             and v.device == device
         ):
-            return
+            return q_shape[-1], v_shape[-1]
     _check_one_by_one(q, k, v, layout)
+    return q.shape[-1], v.shape[-1]
 
 
 def _check_one_by_one(q: Tensor, k: Tensor, v: Tensor, layout: str) -> None:
@@ -126,9 +127,9 @@ def check_device(name: str, x: Tensor, q: Tensor) -> None:
         raise bad_argument(name, f"device {x.device}", f"the device of q, {q.device}", "move it with .to")
 
 
-def check_packed(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout) -> None:
-    """q, k, v and the tensors that divide them into sequences."""
-    check_tensors(q, k, v, layout="packed" if packed.block_table is None else "paged")
+def check_packed(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout) -> tuple[int, int]:
+    """q, k, v and the tensors that divide them into sequences; returns the head dims of q and v."""
+    head_dims = check_tensors(q, k, v, layout="packed" if packed.block_table is None else "paged")
     cu_seqlens_q, cu_seqlens_k = packed.cu_seqlens_q, packed.cu_seqlens_k
     _check_index_tensor("cu_seqlens_q", cu_seqlens_q, q, None)
     _check_index_tensor("cu_seqlens_k", cu_seqlens_k, q, None)
@@ -148,6 +149,7 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor, packed: PackedLayout) -> None:
         _check_block_table(packed.block_table, batch, q)
     if _values_are_readable(cu_seqlens_q):
         _check_values(q, k, packed)
+    return head_dims
 
 
 def _check_index_tensor(name: str, x: Tensor, q: Tensor, length: int | None) -> None:
@@ -187,11 +189,7 @@ def _check_block_table(block_table: Tensor, batch: int, q: Tensor) -> None:
 
 def _values_are_readable(x: Tensor) -> bool:
     """Reading values costs a synchronisation on a GPU, and there are none while tracing."""
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not isinstance(x, torch._subclasses.FakeTensor)
-    )
+    return x.is_cpu and not torch.compiler.is_compiling() and not isinstance(x, torch._subclasses.FakeTensor)
 
 
 def _check_values(q: Tensor, k: Tensor, packed: PackedLayout) -> None:
