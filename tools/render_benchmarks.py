@@ -4,7 +4,8 @@
 
 Every figure comes from a file packages/*/benchmarks/results/NAME.json. A README shows it between the lines
 `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`, which this tool fills: where and when it was measured,
-the ceilings of the same run, the table. benchmark_view.py describes the options that the first line may hold.
+the ceilings of the same run, the table or picture. benchmark_view.py describes the options that the first line
+may hold.
 --check changes nothing and fails when a README differs from the results, or a result is shown nowhere.
 """
 
@@ -17,14 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmark_plot import plot
 from benchmark_results import Result, ResultError, read_result
-from benchmark_view import Table, View, parse_view, table
+from benchmark_view import Table, parse_view, table
 from repository import ROOT, packages
 
 BLOCK = re.compile(
     r"(?P<begin><!-- benchmark:(?P<name>[\w-]+)(?P<options>[^>]*?)-->\n).*?(?P<end><!-- /benchmark -->)",
     re.DOTALL,
 )
+NOT_MEASURED = "Not measured yet.\n"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def read_results(root: Path) -> dict[str, ResultFile]:
 def render(root: Path, results: dict[str, ResultFile], *, write: bool) -> list[str]:
     """Fills the READMEs, or with write=False only compares; returns what is wrong.
 
-    A block whose result does not exist (the benchmark has not run yet) says so.
+    A block whose result does not exist, or has none of its rows (the benchmark has not run yet, or not all of
+    it), says so.
     """
     problems: list[str] = []
     shown: set[str] = set()
@@ -75,9 +79,9 @@ def render(root: Path, results: dict[str, ResultFile], *, write: bool) -> list[s
             new += text[end : block.start()]
             new += block["begin"]
             if block["name"] in results:
-                new += _content(block, results[block["name"]], readme.parent, write, problems)
+                new += _content(block, results[block["name"]], readme, write, problems)
             else:
-                new += "Not measured yet.\n"
+                new += NOT_MEASURED
             new += block["end"]
             end = block.end()
         new += text[end:]
@@ -90,21 +94,29 @@ def render(root: Path, results: dict[str, ResultFile], *, write: bool) -> list[s
     return problems
 
 
-def _content(block: re.Match[str], file: ResultFile, folder: Path, write: bool, problems: list[str]) -> str:
+def _content(block: re.Match[str], file: ResultFile, readme: Path, write: bool, problems: list[str]) -> str:
     view = parse_view(block["options"])
     content = table(file.result, view)
-    text = markdown(file.result, content)
+    if content is None:
+        print(f"{readme}: {block['name']}: nothing measured is {block['options'].strip()}")
+        return NOT_MEASURED
+    parts = [origin(file.result)]
+    if not view.x:
+        parts.append(markdown(content))
     if view.plot:
         picture = file.path.parent / view.plot
         if write:
             plot(file.result, content, view, picture)
         elif not picture.is_file():
             problems.append(f"{picture} is missing: run tools/render_benchmarks.py")
-        text += f"\n![{view.value} of {file.result.benchmark}]({picture.relative_to(folder)})\n"
-    return text
+        over = f" over {view.x}" if view.x else ""
+        text = f"{view.value}{over} of {file.result.benchmark}"
+        parts.append(f"![{text}]({picture.relative_to(readme.parent)})\n")
+    return "\n".join(parts)
 
 
-def markdown(result: Result, content: Table) -> str:
+def origin(result: Result) -> str:
+    """Where and when it was measured, and the ceilings of the same run."""
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items() if version)
     measured = f"Measured {result.date[:10]} on {result.gpu or 'a CPU'} ({versions})."
     if result.ceilings:
@@ -113,17 +125,21 @@ def markdown(result: Result, content: Table) -> str:
             f" The same run's ceilings: 8192×8192×8192 bf16 matrix product {_text(gemm)} TFLOP/s, "
             f"device copy {_text(copy)} GB/s."
         )
+    return measured + "\n"
+
+
+def markdown(content: Table) -> str:
     header = "| " + " | ".join(name.replace("_", " ") for name in content.header) + " |"
     columns = list(zip(*content.lines, strict=True))
     ruler = "|" + "|".join(" ---: " if _is_numeric(column) else " --- " for column in columns) + "|"
     body = []
     for index, line in enumerate(content.lines):
         cells = [_text(value) for value in line]
-        if content.shares:
+        if content.notes:
             labels, values = cells[: content.label_count], cells[content.label_count :]
-            cells = labels + [_with_share(*pair) for pair in zip(values, content.shares[index], strict=True)]
+            cells = labels + [_with_note(*pair) for pair in zip(values, content.notes[index], strict=True)]
         body.append("| " + " | ".join(cells) + " |")
-    return "\n".join([measured, "", header, ruler, *body, ""])
+    return "\n".join([header, ruler, *body, ""])
 
 
 def _text(value: Any) -> str:
@@ -137,40 +153,13 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _with_share(text: str, share: float | None) -> str:
-    return text if share is None else f"{text} ({share:.0%})"
+def _with_note(text: str, note: str | None) -> str:
+    return text if note is None else f"{text} ({note})"
 
 
 def _is_numeric(column: tuple[Any, ...]) -> bool:
     values = [value for value in column if value is not None]
     return bool(values) and all(isinstance(value, (int, float)) for value in values)
-
-
-def plot(result: Result, content: Table, view: View, path: Path) -> None:
-    """A group of bars for each line of a cross table, a bar for each of its columns."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    series = content.header[content.label_count :]
-    labels = [
-        ", ".join(f"{name} {_text(value)}" for name, value in zip(view.rows, line, strict=False))
-        for line in content.lines
-    ]
-    thickness = 0.8 / len(series)
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.2 * len(labels) * len(series)), layout="constrained")
-    for index, name in enumerate(series):
-        positions = [row + index * thickness for row in range(len(labels))]
-        lengths = [line[content.label_count + index] or 0.0 for line in content.lines]
-        axes.barh(positions, lengths, thickness, label=name)
-    axes.set_yticks([row + 0.4 - thickness / 2 for row in range(len(labels))], labels)
-    axes.invert_yaxis()
-    axes.set_xlabel(view.value.replace("_", " "))
-    axes.set_title(", ".join([result.benchmark, *(value for _, value in view.where), str(result.gpu)]))
-    axes.legend()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import benchmark_plot
 import pytest
 import render_benchmarks
 from benchmark_results import ResultError, read_result
+from benchmark_view import parse_view, table
 from repository import packages
 
 RESULT = {
@@ -143,6 +145,85 @@ def test_plot_of_a_cross_table(repository: Path) -> None:
     assert any("speed.png is missing" in problem for problem in render(repository, write=False))
 
 
+def test_cross_table_against_the_best_of_several(repository: Path) -> None:
+    rows = [
+        {"seqlen": seqlen, "direction": direction, "contestant": who, "tflops": speed}
+        for seqlen, direction, who, speed in [
+            (1024, "forward", "ours", 300.0),
+            (1024, "forward", "slow", 100.0),
+            (1024, "forward", "fast", 400.0),
+            (1024, "backward", "fast", 999.0),  # of another case
+            (4096, "forward", "ours", 300.0),
+            (4096, "forward", "slow", 200.0),
+            (4096, "forward", "fast", None),
+            (16384, "forward", "ours", 300.0),
+        ]
+    ]
+    write_result(repository, {**RESULT, "rows": rows})
+    against = "value=tflops against=contestant:slow,fast"
+    text = rendered(
+        repository, f"rows=direction columns=seqlen {against} where=direction:forward,contestant:ours"
+    )
+    assert "| direction | 1024 | 4096 | 16384 |" in text
+    assert "| forward | 300 (0.75×) | 300 (1.50×) | 300 |" in text
+    text = rendered(repository, f"rows=seqlen columns=contestant {against} where=direction:forward")
+    assert "| 1024 | 300 (0.75×) | 100 (0.25×) | 400 (1.00×) |" in text
+
+
+@pytest.mark.parametrize("where", ["direction:sideways", "scope:all"])
+def test_a_block_whose_rows_are_not_measured_says_so(repository: Path, where: str) -> None:
+    path = write_result(repository, {**RESULT, "rows": LONG})
+    text = rendered(repository, f"rows=direction columns=seqlen value=tflops where={where} plot=speed.png")
+    assert "-->\nNot measured yet.\n<!--" in text
+    assert not path.with_name("speed.png").exists()
+
+
+def test_line_plot_stands_in_place_of_the_table(repository: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = write_result(repository, {**RESULT, "rows": LONG})
+    text = rendered(repository, "rows=direction x=seqlen columns=contestant value=tflops plot=lines.png")
+    assert path.with_name("lines.png").read_bytes().startswith(b"\x89PNG")
+    assert "Measured 2026-01-02" in text
+    assert "![tflops over seqlen of speed](benchmarks/results/lines.png)" in text
+    assert "|" not in text
+
+
+def test_panels_of_a_line_plot(repository: Path) -> None:
+    """One for each case, with a line for each contestant and the run's ceiling; one legend and one scale."""
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"head_dim": head_dim, "causal": causal, "seqlen": seqlen, "contestant": who, "tflops": speed}
+        for head_dim in (64, 128)
+        for causal in (False, True)
+        for seqlen in (512, 2048)
+        for who, speed in (("ours", 2.0 * head_dim + causal), ("cudnn", None if causal else 50.0))
+    ]
+    result = read_result(write_result(repository, {**RESULT, "rows": rows}))
+    view = parse_view("rows=head_dim,causal x=seqlen columns=contestant value=tflops plot=lines.png")
+    content = table(result, view)
+    assert content is not None
+    figure = benchmark_plot.line_figure(result, content, view)
+    full64, full128, causal64, causal128 = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["head dim 64", "head dim 128", "", ""]
+    assert full64.get_ylabel() == "not causal\nTFLOP/s"
+    assert causal64.get_ylabel() == "causal\nTFLOP/s"
+    ours, cudnn, ceiling = causal128.get_lines()
+    assert list(ours.get_xdata()) == [512, 2048]
+    assert list(ours.get_ydata()) == [257.0, 257.0]
+    assert list(cudnn.get_ydata()) == []  # not measured
+    assert list(ceiling.get_ydata()) == [700.123, 700.123]
+    assert [text.get_text() for text in causal64.get_xticklabels()] == ["512", "2k"]
+    assert full64.get_ylim() == full128.get_ylim()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()][:2] == ["ours", "cudnn"]
+
+
+def test_contestants_are_told_apart_and_keep_their_looks() -> None:
+    alone, beside = (benchmark_plot.styles_of(names) for names in (["cudnn"], ["ours", "a", "b", "cudnn"]))
+    assert alone["cudnn"] == beside["cudnn"]
+    assert len(set(beside.values())) == 4
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -150,8 +231,12 @@ def test_plot_of_a_cross_table(repository: Path) -> None:
         ("rows=seqlen value=tflops", "expected rows, columns and value together"),
         ("rows=nothing columns=contestant value=tflops", "got column 'nothing'"),
         ("rows=seqlen columns=contestant value=tflops", "two rows for"),
-        ("where=direction:sideways", "no row has"),
-        ("where=direction", "expected column:value"),
+        ("where=direction", "where: got 'direction', expected column:value"),
+        ("share=share", "expected rows, columns and value together"),
+        ("rows=seqlen columns=contestant value=tflops against=peer", "against: got 'peer'"),
+        ("rows=seqlen columns=contestant value=tflops against=nothing:peer", "got column 'nothing'"),
+        ("rows=seqlen columns=contestant value=tflops share=share against=a:b", "one of share and against"),
+        ("rows=direction columns=contestant value=tflops x=seqlen", "expected plot together with x"),
     ],
 )
 def test_wrong_block_options_are_refused(repository: Path, options: str, complaint: str) -> None:

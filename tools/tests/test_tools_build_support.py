@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from build_support import decision, library, ninja_file, platform_tag, ptxas, to
 from build_support.architectures import gencode_flags, requested_architectures
 from build_support.compile_one import keep_inside
 from build_support.errors import BuildError
+from build_support.instantiations import HEAD_DIMS, instantiations
 
 PTXAS_OUTPUT = """
 ptxas info    : 28 bytes gmem, 224 bytes cmem[4]
@@ -63,9 +65,33 @@ def test_architecture_lists() -> None:
         "-gencode",
         "arch=compute_90,code=[sm_90,compute_90]",
     ]
-    for hopper in ("../csrc/attention/sm90/x.cu", "generated/forward_sm90_d64.cu"):
+    for hopper in ("../csrc/attention/sm90/x.cu", "generated/sm90_forward_bf16_d64_64_plain.cu"):
         flags = gencode_flags(Path(hopper), requested_architectures("80"))
         assert flags == ["-gencode", "arch=compute_90a,code=sm_90a"]
+    for other in ("../csrc/api/attention_sm90.cu", "generated/sm80_forward_bf16_d64_64_plain.cu"):
+        flags = gencode_flags(Path(other), requested_architectures("80"))
+        assert flags == ["-gencode", "arch=compute_80,code=sm_80"]
+
+
+def test_every_variant_is_instantiated_once() -> None:
+    units = dict(instantiations())
+    assert len(units) == len(list(instantiations())) == 2 * 2 * 9 + 2 * 2 * 6
+    for head_dim, head_dim_v in HEAD_DIMS:
+        for kind, softcap in (("plain", "false"), ("softcap", "true")):
+            for name, element in (("bf16", "__nv_bfloat16"), ("fp16", "__half")):
+                assert units[f"sm90_forward_{name}_d{head_dim}_{head_dim_v}_{kind}.cu"] == (
+                    '#include "attention/sm90/forward_launch.cuh"\n\nnamespace flash_attn::sm90 {\n'
+                    f"template void launch_forward<{element}, HeadDims<{head_dim}, {head_dim_v}>, {softcap}>"
+                    "(const ForwardParams&, int*, int, cudaStream_t);\n}\n"
+                )
+    assert "Variant<192, 128, false>" in units["sm80_backward_fp16_d192_128_plain.cu"]
+    assert "Variant<256, 256, true>" in units["sm80_forward_bf16_d256_256_general.cu"]
+
+
+def test_instantiations_are_those_that_the_headers_choose_from() -> None:
+    csrc = Path(__file__).parents[2] / "packages" / "flash-attn-kernels" / "csrc" / "attention"
+    found = re.findall(r"return function\(HeadDims<(\d+), (\d+)>", (csrc / "head_dims.h").read_text())
+    assert tuple((int(head_dim), int(head_dim_v)) for head_dim, head_dim_v in found) == HEAD_DIMS
 
 
 @pytest.mark.parametrize("wrong", ["75", "sm_80", "80,90", "80;", "native"])

@@ -3,34 +3,34 @@
 Every case holds 16k tokens and a hidden size of 2048 (heads = 2048 // head dim), as published sweeps do. FLOPs are
 counted the usual way: 4 * B * H * Sq * Sk * D forward, half of it under a causal mask, and 2.5 times that backward.
 fp16 runs at head dims 64 and 128 and three lengths, and so does the deterministic backward; --full runs all of it.
+--direction runs the forward or the backward alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from attention_summary import DETERMINISTIC, PEERS, summary
 from contestants import (
-    BACKWARD_FACTOR,
+    DIRECTIONS,
     OURS,
     Attend,
     Contestant,
     attention_flops,
-    geometric_mean,
     run,
     sdpa,
-    time_both_directions,
+    time_directions,
     timed_rows,
 )
 from flash_attn_kernels import explain, flash_attn_func
 from torch.nn.attention import SDPBackend
 
 TOKENS, HIDDEN = 16384, 2048
-PEERS = {"flash2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-DETERMINISTIC = "deterministic"  # ours
+BACKENDS = dict(zip(PEERS, (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION), strict=True))
 HEAD_DIMS, SEQLENS = (64, 96, 128, 192, 256), (512, 1024, 2048, 4096, 8192, 16384)
 SUBSET_HEAD_DIMS, SUBSET_SEQLENS = (64, 128), (1024, 4096, 16384)
 
@@ -40,24 +40,31 @@ def our_attention(causal: bool, deterministic: bool = False) -> Attend:
 
 
 def bench_case(
-    dtype: torch.dtype, head_dim: int, causal: bool, seqlen: int, samples: int, deterministic: bool
+    dtype: torch.dtype,
+    head_dim: int,
+    causal: bool,
+    seqlen: int,
+    directions: Sequence[str],
+    samples: int,
+    deterministic: bool,
 ) -> list[dict[str, Any]]:
     batch, heads = TOKENS // seqlen, HIDDEN // head_dim
     q, k, v, dout = torch.randn(4, batch, seqlen, heads, head_dim, device="cuda", dtype=dtype)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    path = explain(q, k, v, causal=causal).path
+    path = explain(*leaves, causal=causal).path
     contestants = {OURS: Contestant(our_attention(causal), leaves, [dout], path)}
     if deterministic:
         ours = our_attention(causal, deterministic=True)
+        path = explain(*leaves, causal=causal, deterministic=True).path
         contestants[DETERMINISTIC] = Contestant(ours, leaves, [dout], path, forward=False)
-    for name, backend in PEERS.items():
+    for name, backend in BACKENDS.items():
         contestants[name] = Contestant(sdpa(backend, is_causal=causal), leaves, [dout])
-    times = time_both_directions(contestants, samples=samples)
     flops = attention_flops(batch, heads, seqlen, head_dim, causal)
     rows = []
-    for direction, factor in (("forward", 1.0), ("backward", BACKWARD_FACTOR)):
+    for direction, times in time_directions(contestants, directions, samples=samples).items():
         case = {
             "kind": "cell",
+            "scope": None,  # of a summary
             "statistic": "median",
             "direction": direction,
             "dtype": str(dtype).removeprefix("torch."),
@@ -65,32 +72,8 @@ def bench_case(
             "causal": causal,
             "seqlen": seqlen,
         }
-        rows += timed_rows(times[direction], contestants, case, flops * factor)
+        rows += timed_rows(times, contestants, case, flops * DIRECTIONS[direction])
     return rows
-
-
-def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric mean and worst cell of our speed against each contestant, by direction and dtype.
-
-    For the deterministic backward the figure is the overhead of it: its time over that of the default.
-    """
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for cell in cells:
-        if cell["contestant"] != OURS and cell["speedup_of_ours"] is not None:
-            key = (cell["direction"], cell["dtype"], cell["contestant"])
-            groups.setdefault(key, []).append(cell)
-    rows = []
-    for group in groups.values():
-        worst_of = max if group[0]["contestant"] == DETERMINISTIC else min
-        worst = worst_of(group, key=lambda cell: cell["speedup_of_ours"])
-        mean = geometric_mean([cell["speedup_of_ours"] for cell in group])
-        nowhere = {"head_dim": None, "causal": None, "seqlen": None}
-        timings = {"tflops": None, "median_us": None, "p20_us": None, "p80_us": None}
-        rows.append(
-            {**worst, **nowhere, **timings, "statistic": "geometric mean", "speedup_of_ours": round(mean, 3)}
-        )
-        rows.append({**worst, **timings, "statistic": "worst cell"})
-    return [{**row, "kind": "summary"} for row in rows]
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
@@ -103,11 +86,18 @@ def cases(arguments: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         if dtype == torch.float16 and not (in_subset or arguments.full):
             continue
         deterministic = arguments.full or (in_subset and dtype == torch.bfloat16)
-        rows = bench_case(dtype, head_dim, causal, seqlen, 5 if arguments.quick else 7, deterministic)
+        samples = 5 if arguments.quick else 7
+        rows = bench_case(dtype, head_dim, causal, seqlen, arguments.directions, samples, deterministic)
         cells += rows
         yield rows
     yield summary(cells)
 
 
 if __name__ == "__main__":
-    run("attention", __doc__.splitlines()[0], cases, full_help="fp16 and deterministic on the whole grid")
+    run(
+        "attention",
+        __doc__.splitlines()[0],
+        cases,
+        by_direction=True,
+        full_help="fp16 and deterministic on the whole grid",
+    )

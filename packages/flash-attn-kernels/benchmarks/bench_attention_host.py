@@ -32,25 +32,29 @@ def random_leaves(*shape: int, requires_grad: bool) -> list[Tensor]:
     ]
 
 
-def dense_calls(requires_grad: bool) -> Calls:
+def dense_calls(requires_grad: bool) -> tuple[Calls, str]:
+    """The contestants' calls, and which of our paths ours takes."""
     ours = random_leaves(BATCH, SEQLEN, HEADS, HEAD_DIM, requires_grad=requires_grad)
     peer = random_leaves(BATCH, HEADS, SEQLEN, HEAD_DIM, requires_grad=requires_grad)
-    return {
+    calls: Calls = {
         OURS: lambda: flash_attn_func(*ours, causal=True, strict=True),
         "flash2": lambda: F.scaled_dot_product_attention(*peer, is_causal=True),
     }
+    return calls, explain(*ours, causal=True).path
 
 
-def varlen_calls(requires_grad: bool) -> Calls:
+def varlen_calls(requires_grad: bool) -> tuple[Calls, str]:
+    """As :func:`dense_calls`, for two packed sequences."""
     leaves = random_leaves(SEQLEN, HEADS, HEAD_DIM, requires_grad=requires_grad)
     cu_seqlens = torch.tensor([0, SEQLEN // 2, SEQLEN], dtype=torch.int32, device="cuda")
     flash2 = flash2_varlen(cu_seqlens, SEQLEN, causal=True)
-    return {
+    calls: Calls = {
         OURS: lambda: flash_attn_varlen_func(
             *leaves, cu_seqlens, cu_seqlens, SEQLEN, SEQLEN, causal=True, strict=True
         ),
         "flash2": lambda: flash2(*leaves),
     }
+    return calls, explain(*leaves, causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens).path
 
 
 def with_backward(calls: Calls) -> Calls:
@@ -63,9 +67,8 @@ def with_backward(calls: Calls) -> Calls:
     return {name: both(call) for name, call in calls.items()}
 
 
-CASES: dict[
-    str, tuple[Callable[[bool], Calls], bool, bool]
-] = {  # what makes the calls, autograd on, backward too
+# Name -> what makes the calls, autograd on, backward too.
+CASES: dict[str, tuple[Callable[[bool], tuple[Calls, str]], bool, bool]] = {
     "forward": (dense_calls, True, False),
     "forward-no-grad": (dense_calls, False, False),
     "forward-backward": (dense_calls, True, True),
@@ -93,15 +96,14 @@ def host_times_us(calls: Calls, batches: int, calls_per_batch: int) -> dict[str,
 
 def bench_case(case: str, batches: int, calls_per_batch: int) -> list[dict[str, Any]]:
     make_calls, requires_grad, backward = CASES[case]
+    made, path = make_calls(requires_grad)
     calls = {
         name: call
-        for name, call in make_calls(requires_grad).items()
+        for name, call in made.items()
         if available(f"{name}, {case}", call, required=name == OURS) is not None
     }
     if backward:
         calls = with_backward(calls)
-    tensors = random_leaves(BATCH, SEQLEN, HEADS, HEAD_DIM, requires_grad=True)
-    path = explain(*tensors, causal=True).path
     gc.disable()
     try:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):

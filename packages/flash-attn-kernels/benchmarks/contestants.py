@@ -49,7 +49,7 @@ def attention_flops(batch: int, heads: int, seqlen: int, head_dim: int, causal: 
     return 4.0 * batch * heads * seqlen**2 * head_dim / (2 if causal else 1)
 
 
-BACKWARD_FACTOR = 2.5  # five products instead of two
+DIRECTIONS = {"forward": 1.0, "backward": 2.5}  # and their operations: a backward has five products, not two
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,18 @@ def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def time_both_directions(
-    contestants: Mapping[str, Contestant], *, samples: int
+def time_directions(
+    contestants: Mapping[str, Contestant], directions: Sequence[str], *, samples: int
 ) -> dict[str, dict[str, Timing | None]]:
     """Direction -> contestant -> time, after all have agreed; None where a contestant has no kernel for the case."""
     forward = {name: c.forward_call for name, c in contestants.items() if c.forward}
     backward = {name: c.backward_call for name, c in contestants.items() if c.backward}
+    makers = {"forward": forward, "backward": backward}
     times: dict[str, dict[str, Timing | None]] = {}
-    for direction, make_calls in (("forward", forward), ("backward", backward)):
-        calls = checked_calls(direction, make_calls, contestants)
+    for direction in directions:
+        calls = checked_calls(direction, makers[direction], contestants)
         measured = interleaved_times(calls, samples=samples, warmup=2, min_sample_us=200.0) if calls else {}
-        times[direction] = {name: measured.get(name) for name in make_calls}
+        times[direction] = {name: measured.get(name) for name in makers[direction]}
     return times
 
 
@@ -166,20 +167,43 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
+def parse_arguments(
+    benchmark: str,
+    summary: str,
+    *,
+    by_direction: bool,
+    full_help: str | None,
+    command_line: Sequence[str] | None = None,
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("--json", default=f"{benchmark}.json", help="result file (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one size, fewer samples")
+    if by_direction:
+        parser.add_argument(
+            "--direction", choices=(*DIRECTIONS, "both"), default="both", help="default: %(default)s"
+        )
+    if full_help is not None:
+        parser.add_argument("--full", action="store_true", help=full_help)
+    arguments = parser.parse_args(command_line)
+    if by_direction:
+        both = arguments.direction == "both"
+        arguments.directions = tuple(DIRECTIONS) if both else (arguments.direction,)
+    return arguments
+
+
 def run(
     benchmark: str,
     summary: str,
     cases: Callable[[argparse.Namespace], Iterator[list[dict[str, Any]]]],
     *,
+    by_direction: bool = False,
     full_help: str | None = None,
 ) -> None:
-    """The command line of a benchmark; ``cases(arguments)`` gives the rows of one case after the other."""
-    parser = argparse.ArgumentParser(description=summary)
-    parser.add_argument("--json", default=f"{benchmark}.json", help="result file (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one size, fewer samples")
-    if full_help is not None:
-        parser.add_argument("--full", action="store_true", help=full_help)
-    arguments = parser.parse_args()
+    """The command line of a benchmark; ``cases(arguments)`` gives the rows of one case after the other.
+
+    With ``by_direction`` it can run one direction alone: ``arguments.directions`` are those asked for.
+    """
+    arguments = parse_arguments(benchmark, summary, by_direction=by_direction, full_help=full_help)
     ceilings = measure_ceilings()
     print(f"ceilings: {ceilings}", flush=True)
     rows: list[dict[str, Any]] = []

@@ -5,8 +5,8 @@ code that the driver compiles on first use on any newer GPU. Machine code runs o
 its own minor version up: 80 serves 8.0, 8.6 and 8.9, and 90 serves 9.0. The default therefore runs natively
 on Ampere, Ada and Hopper and starts slower, once per machine, on what came later.
 
-Sources in a folder or with a generated name of `sm90` use Hopper-only instructions: they are compiled for 90a
-alone, whatever the list says.
+Sources in a folder `sm90`, and generated ones whose names start with `sm90_`, use Hopper-only instructions: they
+are compiled for 90a alone, whatever the list says.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def requested_architectures(text: str | None = None) -> list[Architecture]:
 
 def gencode_flags(source: Path, architectures: list[Architecture]) -> list[str]:
     """nvcc's -gencode flags for one translation unit."""
-    if any(part.startswith("sm90") or "_sm90" in part for part in source.parts):
+    if "sm90" in source.parent.parts or source.name.startswith("sm90_"):
         return ["-gencode", "arch=compute_90a,code=sm_90a"]
     flags = []
     for architecture in architectures:

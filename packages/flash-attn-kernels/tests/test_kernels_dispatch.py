@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from flash_attn_kernels import call, explain, flash_attn_func, flash_attn_varlen_func
+from flash_attn_kernels import Explanation, call, explain, flash_attn_func, flash_attn_varlen_func, sm90
 from flash_attn_kernels.dispatch import AttentionProblem, choose_path
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 HOT = AttentionProblem(
     device_type="cuda",
@@ -19,18 +20,74 @@ HOT = AttentionProblem(
     head_dim=128,
     head_dim_v=128,
     layout="dense",
+    softmax_scale=0.125,
+    has_dropout=False,
+    score_tensors=(),
     deterministic=False,
     needs_gradient=True,
     sums_broadcast_bias=False,
     library_error=None,
 )
+AMPERE = dataclasses.replace(HOT, compute_capability=(8, 0))
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (13, 7)])
-def test_every_gpu_since_ampere_runs_the_kernels(capability: tuple[int, int]) -> None:
-    explanation = choose_path(dataclasses.replace(HOT, compute_capability=capability))
-    assert explanation.path == "sm80" and explanation.reasons == ()
-    assert str(explanation) == "attention path: sm80"
+@pytest.mark.parametrize("capability", [(9, 0), (9, 3)])
+def test_hopper_runs_its_own_kernels(capability: tuple[int, int]) -> None:
+    chosen = choose_path(dataclasses.replace(HOT, compute_capability=capability))
+    assert chosen == Explanation("sm90", {})
+    assert str(chosen) == "attention path: sm90"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0), (13, 7)])
+def test_every_other_gpu_since_ampere_runs_the_sm80_kernels(capability: tuple[int, int]) -> None:
+    chosen = choose_path(dataclasses.replace(HOT, compute_capability=capability))
+    assert chosen.path == "sm80" and list(chosen.reasons) == ["sm90"]
+    assert str(chosen) == (
+        "attention path: sm80 (not sm90: compute capability "
+        f"{capability[0]}.{capability[1]} is not 9.x: machine code for sm_90a runs on nothing else)"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": torch.float16},
+        {"head_dim": 8, "head_dim_v": 256},
+        {"head_dim": 192},
+        {"layout": "packed"},
+        {"deterministic": True},
+        {"needs_gradient": False},
+        {"softmax_scale": 1e-9},
+    ],
+    ids=str,
+)
+def test_the_sm90_kernels_run_all_of_this(change: dict[str, Any]) -> None:
+    assert choose_path(dataclasses.replace(HOT, **change)).path == "sm90"
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"compute_capability": (8, 9)}, "compute capability 8.9 is not 9.x"),
+        ({"compute_capability": (10, 0)}, "compute capability 10.0 is not 9.x"),
+        ({"compute_capability": None}, "the compute capability is not known to be 9.x"),
+        ({"head_dim": 77, "head_dim_v": 64}, "a head dim (q/k 77, v 64) is not a multiple of 8"),
+        ({"head_dim_v": 36}, "a head dim (q/k 128, v 36) is not a multiple of 8"),
+        ({"layout": "paged", "needs_gradient": False}, "keys and values are paged"),
+        ({"has_dropout": True}, "dropout_p is above 0"),
+        ({"softmax_scale": 0.0}, "softmax_scale 0.0 is not above 0"),
+        ({"softmax_scale": -0.5}, "softmax_scale -0.5 is not above 0"),
+        *(
+            ({"score_tensors": (name,)}, f"{name} is given")
+            for name in ("attn_bias", "attn_mask", "key_padding_mask", "alibi_slopes")
+        ),
+    ],
+)
+def test_each_obstacle_to_sm90_is_named(change: dict[str, Any], reason: str) -> None:
+    chosen = choose_path(dataclasses.replace(HOT, **change))
+    assert chosen.path == "sm80" and list(chosen.reasons) == ["sm90"]
+    assert len(chosen.reasons["sm90"]) == 1 and chosen.reasons["sm90"][0].startswith(reason)
+    assert f"attention path: sm80 (not sm90: {reason}" in str(chosen)
 
 
 @pytest.mark.parametrize(
@@ -38,17 +95,17 @@ def test_every_gpu_since_ampere_runs_the_kernels(capability: tuple[int, int]) ->
     [
         {"dtype": torch.float16},
         {"head_dim": 1, "head_dim_v": 256},
-        {"head_dim": 192},
         {"head_dim": 77, "head_dim_v": 33},
         {"layout": "packed"},
         {"layout": "paged", "needs_gradient": False},
         {"deterministic": True},
-        {"sums_broadcast_bias": True},
+        {"sums_broadcast_bias": True, "score_tensors": ("attn_bias",)},
+        {"has_dropout": True, "softmax_scale": -1.0},
     ],
     ids=str,
 )
-def test_the_kernels_run_all_of_this(change: dict[str, Any]) -> None:
-    assert choose_path(dataclasses.replace(HOT, **change)).path == "sm80"
+def test_the_sm80_kernels_run_all_of_this(change: dict[str, Any]) -> None:
+    assert choose_path(dataclasses.replace(AMPERE, **change)).path == "sm80"
 
 
 @pytest.mark.parametrize(
@@ -62,24 +119,38 @@ def test_the_kernels_run_all_of_this(change: dict[str, Any]) -> None:
         ({"head_dim_v": 320}, "a head dim (q/k 128, v 320) is above 256"),
         ({"layout": "paged"}, "a gradient is needed through paged keys and values"),
         (
-            {"deterministic": True, "sums_broadcast_bias": True},
+            {"deterministic": True, "sums_broadcast_bias": True, "score_tensors": ("attn_bias",)},
             "deterministic is set, and the gradient of a broadcast attn_bias",
         ),
         ({"library_error": "no compiled kernels here"}, "no compiled kernels here"),
     ],
 )
-def test_each_obstacle_is_named(change: dict[str, Any], reason: str) -> None:
-    explanation = choose_path(dataclasses.replace(HOT, **change))
-    assert explanation.path == "portable"
-    assert len(explanation.reasons) == 1 and reason in explanation.reasons[0]
-    assert reason in str(explanation)
+def test_each_obstacle_to_any_kernel_is_named(change: dict[str, Any], reason: str) -> None:
+    chosen = choose_path(dataclasses.replace(HOT, **change))
+    assert chosen.path == "portable" and list(chosen.reasons) == ["sm90", "sm80"]
+    assert len(chosen.reasons["sm80"]) == 1 and reason in chosen.reasons["sm80"][0]
+    assert reason in str(chosen)
 
 
 def test_all_obstacles_are_named_together() -> None:
-    explanation = choose_path(
+    chosen = choose_path(
         dataclasses.replace(HOT, layout="paged", head_dim=500, dtype=torch.float64, library_error="none")
     )
-    assert len(explanation.reasons) == 4
+    assert len(chosen.reasons["sm80"]) == 4 and len(chosen.reasons["sm90"]) == 5
+    assert str(chosen) == (
+        "attention path: portable "
+        "(not sm90: dtype torch.float64 is neither float16 nor bfloat16; a head dim (q/k 500, v 128) is above 256;"
+        " none; a head dim (q/k 500, v 128) is not a multiple of 8; keys and values are paged) "
+        "(not sm80: dtype torch.float64 is neither float16 nor bfloat16; a head dim (q/k 500, v 128) is above 256;"
+        " none; a gradient is needed through paged keys and values)"
+    )
+
+
+def test_paths_passed_over_for_the_same_reasons_are_named_together() -> None:
+    chosen = choose_path(dataclasses.replace(HOT, dtype=torch.float32))
+    assert str(chosen) == (
+        "attention path: portable (not sm90 or sm80: dtype torch.float32 is neither float16 nor bfloat16)"
+    )
 
 
 # What the public functions tell dispatch
@@ -111,7 +182,26 @@ def test_a_plain_call(problems: list[AttentionProblem]) -> None:
     (problem,) = problems
     assert (problem.device_type, problem.dtype, problem.layout) == ("cpu", torch.float16, "dense")
     assert (problem.head_dim, problem.head_dim_v) == (8, 6)
-    assert not (problem.deterministic or problem.needs_gradient or problem.sums_broadcast_bias)
+    assert problem.softmax_scale == 8**-0.5 and problem.score_tensors == ()
+    assert not (problem.has_dropout or problem.deterministic)
+    assert not (problem.needs_gradient or problem.sums_broadcast_bias)
+
+
+def test_options_and_tensors_that_rule_out_a_path(problems: list[AttentionProblem]) -> None:
+    tensors = {
+        "attn_bias": BIAS,
+        "attn_mask": BIAS > 0,
+        "key_padding_mask": torch.ones(2, 5) > 0,
+        "alibi_slopes": torch.ones(4),
+    }
+    explain(Q, K, V, dropout_p=0.1, softmax_scale=-2.0, learnable_sink=torch.ones(4), **tensors)
+    assert problems[-1].has_dropout and problems[-1].softmax_scale == -2.0
+    assert problems[-1].score_tensors == tuple(tensors)
+    for name, x in tensors.items():
+        explain(Q, K, V, **{name: x})
+        assert problems[-1].score_tensors == (name,)
+    explain(Q, K, V, learnable_sink=torch.ones(4), softcap=3.0, window_size=(1, 2))
+    assert problems[-1].score_tensors == ()
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "attn_bias", "alibi_slopes", "learnable_sink"])
@@ -167,6 +257,67 @@ def test_explain_takes_what_the_functions_take() -> None:
         explain(Q[0], K[0], V[0], cu_seqlens_q=CU)
 
 
+# Alignment, which is asked of the tensors themselves
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dispatch takes everything for the hot case."""
+    monkeypatch.setattr(call, "choose_path", lambda problem: choose_path(HOT))
+    monkeypatch.setattr(call, "_cached_plan", call._plan)
+
+
+X = torch.zeros(2, 5, 4, 8, dtype=torch.float16)
+
+
+def spaced(width: int, begin: int = 0) -> torch.Tensor:
+    """As X, in rows of ``width`` elements from ``begin`` on."""
+    return torch.zeros(2, 5, 4, width, dtype=torch.float16)[..., begin : begin + 8]
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        X,
+        spaced(16),
+        spaced(16, begin=8),
+        X.transpose(1, 2).contiguous().transpose(1, 2),
+        X[:1, :, :1].expand(2, 5, 4, 8),
+        spaced(12)[:1, :1, :1],  # strides that nobody walks
+        torch.zeros(2, 5, 4, 16, dtype=torch.float16)[..., ::2],  # copied by the operator
+        X[:0],
+    ],
+    ids=lambda x: str((*x.shape, *x.stride())),
+)
+def test_aligned_rows(on_hopper: None, x: torch.Tensor) -> None:
+    assert explain(x, x, x) == Explanation("sm90", {})
+
+
+@pytest.mark.parametrize(
+    "x", [spaced(12), spaced(16, begin=1), spaced(16, begin=4)], ids=lambda x: str(x.stride())
+)
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_unaligned_rows(on_hopper: None, x: torch.Tensor, name: str) -> None:
+    chosen = explain(**{"q": X, "k": X, "v": X, name: x})
+    assert chosen.path == "sm80" and list(chosen.reasons) == ["sm90"]
+    assert chosen.reasons["sm90"] == (
+        f"rows of {name} are not 16-byte aligned: address {x.data_ptr():#x}, strides {x.stride()}",
+    )
+
+
+def test_fake_tensors_count_as_aligned(on_hopper: None) -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, 5, 4, 8, dtype=torch.float16)
+        assert explain(x, x, x).path == "sm90"
+
+
+def test_a_call_does_not_ask_for_alignment(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves that to the operator."""
+    monkeypatch.setattr(sm90, "unaligned_rows", None)
+    monkeypatch.setattr(sm90.library, "sm90_forward", lambda q, k, v, *options: (q, k))
+    assert flash_attn_func(X, X, X) is X
+
+
 # What happens on the portable path
 
 
@@ -186,3 +337,15 @@ def test_a_slow_path_on_a_gpu_warns_once_for_each_reason(monkeypatch: pytest.Mon
         flash_attn_func(Q, K, V)
     with pytest.warns(UserWarning, match="because: c"):
         call._object_to_the_portable_path(("c",), "cuda", False)
+
+
+@pytest.mark.parametrize("path", ["sm80", "sm90"])
+def test_passing_over_sm90_neither_warns_nor_raises(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for operator in ("sm80_forward_dense", "sm90_forward"):
+        monkeypatch.setattr(call.library, operator, lambda q, k, v, *options: (q, k))
+    problem = HOT if path == "sm90" else AMPERE
+    monkeypatch.setattr(call, "choose_path", lambda _: choose_path(problem))
+    monkeypatch.setattr(call, "_cached_plan", call._plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert flash_attn_func(X, X, X, strict=True) is X

@@ -23,9 +23,10 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("layout", ["dense", "packed", "seqused", "paged"])
-def test_explain_names_the_kernels(layout: str) -> None:
+def test_explain_names_the_kernels_of_every_feature(layout: str) -> None:
     tensors = make_tensors(AttentionCase(layout=layout, **EVERYTHING))
-    assert explain(tensors.q, tensors.k, tensors.v, **tensors.arguments).path == "sm80"
+    chosen = explain(tensors.q, tensors.k, tensors.v, **tensors.arguments)
+    assert chosen.path == "sm80" and "attn_bias is given" in chosen.reasons["sm90"]
 
 
 PORTABLE_CASES = {

@@ -74,7 +74,7 @@ def make_case(seed: int, *, mask: str, lengths: tuple[int, int], layout: str, **
 
 
 @pytest.mark.parametrize("case", cases(BASE))
-def test_shapes_masks_and_layouts(case: AttentionCase) -> None:
+def test_shapes_masks_and_layouts(case: AttentionCase, kernels: str) -> None:
     """Without score modifiers: the kernels that most calls run."""
     check_attention(case)
 
@@ -86,7 +86,7 @@ def test_all_options(case: AttentionCase) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_length_around_the_tile_sizes(head_dim: int, dtype: torch.dtype) -> None:
+def test_every_length_around_the_tile_sizes(head_dim: int, dtype: torch.dtype, kernels: str) -> None:
     lengths = (1, 63, 64, 65, 111, 113, 127, 128, 129, 255, 257)
     for causal, layout in itertools.product([False, True], ["packed", "seqused"]):
         check_attention(

@@ -1,4 +1,4 @@
-"""The sm80 operators as torch sees them: schemas, fakes, tracing, compilation with dynamic lengths."""
+"""The operators as torch sees them: schemas, fakes, tracing, compilation with dynamic lengths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 pytestmark = pytest.mark.gpu
 
-PLAIN_TENSORS = (None,) * 11  # cu_seqlens_q to seed_and_offset
 B, SQ, SK, H, HK = 2, 33, 70, 4, 2
 
 
@@ -22,23 +21,33 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
-def packed_tensors() -> tuple[Tensor | None, ...]:
+def packed_tensors() -> dict[str, Tensor]:
     cu_seqlens_q, cu_seqlens_k = (
         torch.tensor([0, end // 3, end], dtype=torch.int32, device="cuda") for end in (SQ, SK)
     )
     used = torch.tensor([5, 20], dtype=torch.int32, device="cuda")
-    return (cu_seqlens_q, cu_seqlens_k, used, used, None)
+    return {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqused_q": used,
+        "seqused_k": used,
+    }
 
 
-def modifier_tensors() -> tuple[Tensor, ...]:
-    return (
-        randn(B, H, SQ, SK),
-        torch.rand(1, H, SQ, SK, device="cuda") < 0.8,
-        torch.rand(B, SK, device="cuda") < 0.8,
-        torch.rand(B, H, device="cuda"),
-        torch.randn(H, device="cuda"),
-        draw_seed_and_offset(torch.device("cuda")),
-    )
+def modifier_arguments() -> dict[str, Any]:
+    return {
+        "softcap": 5.0,
+        "dropout_p": 0.2,
+        "attn_bias": randn(B, H, SQ, SK),
+        "attn_mask": torch.rand(1, H, SQ, SK, device="cuda") < 0.8,
+        "key_padding_mask": torch.rand(B, SK, device="cuda") < 0.8,
+        "alibi_slopes": torch.rand(B, H, device="cuda"),
+        "learnable_sink": torch.randn(H, device="cuda"),
+        "seed_and_offset": draw_seed_and_offset(torch.device("cuda")),
+    }
+
+
+OPTIONS = (0.125, 40, 0, True)  # scale, window, top left
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -46,36 +55,46 @@ def modifier_tensors() -> tuple[Tensor, ...]:
 def test_operators_pass_torch_checks(packed: bool, modified: bool) -> None:
     """As torch.library.opcheck defines them: schema, fake, tracing with symbolic sizes."""
     assert library.load_error() is None
-    operators = torch.ops.flash_attn_kernels
     batch = () if packed else (B,)
     q, k, v = randn(*batch, SQ, H, 64), randn(*batch, SK, HK, 64), randn(*batch, SK, HK, 128)
-    layout = packed_tensors() if packed else PLAIN_TENSORS[:5]
-    modifiers = modifier_tensors() if modified else PLAIN_TENSORS[5:]
-    scalars = (0.125, 40, 0, True, 5.0 if modified else 0.0, 0.2 if modified else 0.0)
-    forward_arguments = (q, k, v, *layout, *modifiers, *scalars)
-    torch.library.opcheck(operators.sm80_forward.default, forward_arguments)
-    out, lse = operators.sm80_forward(*forward_arguments)
+    optional = (packed_tensors() if packed else {}) | (modifier_arguments() if modified else {})
+    torch.library.opcheck(library.sm80_forward, (q, k, v, *OPTIONS), optional)
+    out, lse = library.sm80_forward(q, k, v, *OPTIONS, **optional)
     if not packed and not modified:
-        dense_arguments = (q, k, v, *scalars[:4])
-        torch.library.opcheck(operators.sm80_forward_dense.default, dense_arguments)
-        assert all(map(torch.equal, operators.sm80_forward_dense(*dense_arguments), (out, lse)))
+        torch.library.opcheck(library.sm80_forward_dense, (q, k, v, *OPTIONS))
+        assert all(map(torch.equal, library.sm80_forward_dense(q, k, v, *OPTIONS), (out, lse)))
+    needed = {f"needs_{name}": modified for name in ("attn_bias", "alibi_slopes", "learnable_sink")}
     for dlse in (None, torch.randn_like(lse)):
-        backward_arguments = (
-            torch.randn_like(out), q, k, v, out, lse, dlse, *layout, *modifiers, *scalars,
-            True, modified, modified, modified,
-        )  # fmt: skip
-        torch.library.opcheck(operators.sm80_backward.default, backward_arguments)
+        arguments = (torch.randn_like(out), q, k, v, out, lse, True, *OPTIONS)
+        torch.library.opcheck(library.sm80_backward, arguments, {**optional, "dlse": dlse, **needed})
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sm90_operator_passes_torch_checks(packed: bool) -> None:
+    assert library.load_error() is None
+    batch = () if packed else (B,)
+    q, k, v = randn(*batch, SQ, H, 64), randn(*batch, SK, HK, 64), randn(*batch, SK, HK, 128)
+    if torch.cuda.get_device_capability()[0] != 9:
+        with pytest.raises(RuntimeError, match=r"compute capability .* run on 9.x alone; sm80_forward"):
+            library.sm90_forward(q, k, v, *OPTIONS)
+        return
+    torch.library.opcheck(library.sm90_forward, (q, k, v, *OPTIONS), packed_tensors() if packed else {})
+    modified = {"softcap": 5.0, "learnable_sink": torch.randn(H, device="cuda")}
+    torch.library.opcheck(
+        library.sm90_forward, (q, k, v, *OPTIONS), modified | (packed_tensors() if packed else {})
+    )
 
 
 def test_paged_forward_passes_torch_checks() -> None:
     assert library.load_error() is None
     q, pages = randn(SQ, H, 64), randn(6, 16, HK, 64)
-    cu_seqlens_q, cu_seqlens_k, *_ = packed_tensors()
-    table = torch.tensor([[5, 0, -1], [1, 3, 2]], dtype=torch.int32, device="cuda")
-    arguments = (q, pages, pages, cu_seqlens_q, cu_seqlens_k, None, None, table, *PLAIN_TENSORS[5:])
-    torch.library.opcheck(
-        torch.ops.flash_attn_kernels.sm80_forward.default, (*arguments, 0.125, -1, -1, False, 0.0, 0.0)
-    )
+    layout = packed_tensors()
+    optional = {
+        "cu_seqlens_q": layout["cu_seqlens_q"],
+        "cu_seqlens_k": layout["cu_seqlens_k"],
+        "block_table": torch.tensor([[5, 0, -1], [1, 3, 2]], dtype=torch.int32, device="cuda"),
+    }
+    torch.library.opcheck(library.sm80_forward, (q, pages, pages, 0.125, -1, -1, False), optional)
 
 
 def dense_call(q: Tensor, k: Tensor, v: Tensor) -> Any:

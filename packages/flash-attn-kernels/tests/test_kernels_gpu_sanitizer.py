@@ -22,6 +22,7 @@ HEAD_DIMS = [
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"causal": True},
+    "softcap and sink": {"softcap": 3.0, "sink_dtype": torch.float32},
     "general": {
         "window_size": (40, 30), "softcap": 3.0, "dropout_p": 0.2, "attn_bias": "bhqk", "attn_mask": "hqk",
         "key_padding": True, "alibi_slopes": "bh", "sink_dtype": torch.float32,
@@ -33,7 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_dims", HEAD_DIMS)
-def test_sanitizer(head_dims: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
+def test_sanitizer(head_dims: tuple[int, int], kind: str, dtype: torch.dtype, kernels: str) -> None:
     for layout, deterministic, strides in (
         ("dense", False, "contiguous"),
         ("dense", True, "misaligned"),

@@ -13,15 +13,20 @@ needs_library = pytest.mark.skipif(
     not library.LIBRARY_PATH.exists(), reason="no compiled library (build it with tools/build_ext.py)"
 )
 
-NO_TENSORS = (None,) * 11  # layout, modifiers, seed
-OPTIONS = (0.125, -1, 0, False, 0.0, 0.0)
+OPTIONS = (0.125, -1, 0, False)  # scale, window, top left
+FAKES = {
+    "sm80_forward": library._fake_sm80_forward,
+    "sm80_forward_dense": library._fake_sm80_forward_dense,
+    "sm80_backward": library._fake_sm80_backward,
+    "sm90_forward": library._fake_sm90_forward,
+}
 
 
 @needs_library
 def test_library_loads_in_this_torch() -> None:
     assert library.load_error() is None
-    assert library.sm80_forward is torch.ops.flash_attn_kernels.sm80_forward.default
-    assert library.sm80_backward is torch.ops.flash_attn_kernels.sm80_backward.default
+    for name in FAKES:
+        assert getattr(library, name) is getattr(torch.ops.flash_attn_kernels, name).default
 
 
 @needs_library
@@ -32,37 +37,37 @@ def test_shapes_without_a_gpu(device: str) -> None:
         q = torch.empty(2, 5, 6, 64, dtype=torch.bfloat16, device=device)
         k = torch.empty(2, 7, 3, 64, dtype=torch.bfloat16, device=device)
         v = torch.empty(2, 7, 3, 32, dtype=torch.bfloat16, device=device)
-        out, lse = library.sm80_forward(q, k, v, *NO_TENSORS, *OPTIONS)
-        assert out.shape == (2, 5, 6, 32) and out.dtype == q.dtype
-        assert lse.shape == (2, 6, 5) and lse.dtype == torch.float32
-        assert [x.shape for x in library.sm80_forward_dense(q, k, v, *OPTIONS[:4])] == [out.shape, lse.shape]
-        gradients = library.sm80_backward(
-            out, q, k, v, out, lse, None, *NO_TENSORS, *OPTIONS, False, False, False, False
-        )
-        for x, gradient in zip((q, k, v), gradients, strict=False):
+        for forward in (library.sm80_forward, library.sm80_forward_dense, library.sm90_forward):
+            out, lse = forward(q, k, v, *OPTIONS)
+            assert out.shape == (2, 5, 6, 32) and out.dtype == q.dtype
+            assert lse.shape == (2, 6, 5) and lse.dtype == torch.float32
+        gradients = library.sm80_backward(out, q, k, v, out, lse, False, *OPTIONS)
+        for x, gradient in zip((q, k, v), gradients[:3], strict=True):
             assert gradient.shape == x.shape and gradient.dtype == x.dtype
+        assert gradients[3:] == (None, None, None)
 
 
 @needs_library
 def test_schemas_and_fakes_agree() -> None:
     assert library.load_error() is None
-    for name, fake in (
-        ("sm80_forward", library._fake_sm80_forward),
-        ("sm80_forward_dense", library._fake_sm80_forward_dense),
-        ("sm80_backward", library._fake_sm80_backward),
-    ):
+    for name, fake in FAKES.items():
         schema = getattr(torch.ops.flash_attn_kernels, name).default._schema
+        parameters = inspect.signature(fake).parameters
         assert not schema.is_mutable
-        assert [r.type.kind() for r in schema.returns] == ["TensorType"] * len(schema.returns)
-        assert [argument.name for argument in schema.arguments] == list(inspect.signature(fake).parameters)
+        assert [argument.name for argument in schema.arguments] == list(parameters)
+        for argument in schema.arguments:
+            default = parameters[argument.name].default
+            assert (default is not inspect.Parameter.empty) == argument.has_default_value()
+            assert not argument.has_default_value() or default == argument.default_value
 
 
 @needs_library
 def test_cpu_tensors_are_refused_by_the_operator() -> None:
     assert library.load_error() is None
     q = torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)
-    with pytest.raises(NotImplementedError):
-        library.sm80_forward(q, q, q, *NO_TENSORS, *OPTIONS)
+    for forward in (library.sm80_forward, library.sm80_forward_dense, library.sm90_forward):
+        with pytest.raises(NotImplementedError):
+            forward(q, q, q, *OPTIONS)
 
 
 # The fakes themselves need no library.
@@ -75,17 +80,23 @@ CU = torch.zeros(4, dtype=torch.int32)
 
 def backward_shapes(
     q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, cu: torch.Tensor | None, needed: bool = True
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    others = (cu, cu, None, None, None, bias, None, None, None, None, None)
+) -> list[tuple[tuple[int, ...], torch.dtype] | None]:
     gradients = library._fake_sm80_backward(
-        q, q, k, k, q, q, None, *others, *OPTIONS, False, bias is not None and needed, needed, needed
+        *(q, q, k, k, q, q, False, *OPTIONS),
+        cu_seqlens_q=cu,
+        cu_seqlens_k=cu,
+        attn_bias=bias,
+        needs_attn_bias=bias is not None and needed,
+        needs_alibi_slopes=needed,
+        needs_learnable_sink=needed,
     )
-    return [(tuple(x.shape), x.dtype) for x in gradients[3:]]
+    return [None if x is None else (tuple(x.shape), x.dtype) for x in gradients[3:]]
 
 
 def test_shape_of_packed_results() -> None:
-    out, lse = library._fake_sm80_forward(PACKED, PACKED, PACKED[..., :40], CU, CU, *(None,) * 9, *OPTIONS)
-    assert out.shape == (11, 6, 40) and lse.shape == (6, 11) and lse.dtype == torch.float32
+    for fake in (library._fake_sm80_forward, library._fake_sm90_forward):
+        out, lse = fake(PACKED, PACKED, PACKED[..., :40], *OPTIONS, cu_seqlens_q=CU, cu_seqlens_k=CU)
+        assert out.shape == (11, 6, 40) and lse.shape == (6, 11) and lse.dtype == torch.float32
 
 
 def test_bias_gradient_is_fp32_where_it_is_a_sum() -> None:
@@ -98,14 +109,14 @@ def test_bias_gradient_is_fp32_where_it_is_a_sum() -> None:
 
 def test_gradients_per_sequence_and_head() -> None:
     per_head = [((2, 6), torch.float32)] * 2
-    assert backward_shapes(DENSE, DENSE_K, None, None) == [((0,), torch.float32), *per_head]
+    assert backward_shapes(DENSE, DENSE_K, None, None) == [None, *per_head]
     per_head = [((3, 6), torch.float32)] * 2
-    assert backward_shapes(PACKED, PACKED, None, CU) == [((0,), torch.float32), *per_head]
+    assert backward_shapes(PACKED, PACKED, None, CU) == [None, *per_head]
 
 
-def test_gradients_that_nobody_asked_for_are_empty() -> None:
+def test_gradients_that_nobody_asked_for_are_none() -> None:
     full = torch.empty(2, 6, 5, 7)
-    assert backward_shapes(DENSE, DENSE_K, full, None, needed=False) == [((0,), torch.float32)] * 3
+    assert backward_shapes(DENSE, DENSE_K, full, None, needed=False) == [None] * 3
 
 
 def test_missing_library_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

@@ -1,11 +1,10 @@
-"""The sm80 path up to its operators: on the CPU, with operators of the same schemas that compute on the portable path.
+"""The kernels' paths up to their operators: on the CPU, with operators of the same schemas that compute portably.
 
 What differs from a call on a GPU is the kernels alone: arguments, conversions, autograd and torch.compile are as there.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -18,42 +17,54 @@ from flash_attn_kernels.inputs import AttentionInputs, PackedLayout, ScoreModifi
 from flash_attn_kernels.options import AttentionOptions
 from torch import Tensor
 
-_TENSORS = ", ".join(
-    f"Tensor? {name}"
-    for name in (
-        "cu_seqlens_q",
-        "cu_seqlens_k",
-        "seqused_q",
-        "seqused_k",
-        "block_table",
-        "attn_bias",
-        "attn_mask",
-        "key_padding_mask",
-        "alibi_slopes",
-        "learnable_sink",
-        "seed_and_offset",
-    )
+_OPTIONS = "float softmax_scale, int window_left, int window_right, bool top_left"
+_TENSORS = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "block_table",
+    "attn_bias",
+    "attn_mask",
+    "key_padding_mask",
+    "alibi_slopes",
+    "learnable_sink",
+    "seed_and_offset",
 )
-_OPTIONS = (
-    "float softmax_scale, int window_left, int window_right, bool top_left, float softcap, float dropout_p"
-)
-FORWARD = f"forward(Tensor q, Tensor k, Tensor v, {_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)"
+_OPTIONAL = ", ".join(("float softcap=0., float dropout_p=0.", *(f"Tensor? {x}=None" for x in _TENSORS)))
+FORWARD = f"forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}, {_OPTIONAL}) -> (Tensor, Tensor)"
+FORWARD_DENSE = f"forward_dense(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)"
 BACKWARD = (
-    f"backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, {_TENSORS}, {_OPTIONS},"
-    " bool deterministic, bool needs_attn_bias, bool needs_alibi_slopes, bool needs_learnable_sink)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool deterministic,"
+    f" {_OPTIONS}, {_OPTIONAL}, Tensor? dlse=None, bool needs_attn_bias=False, bool needs_alibi_slopes=False,"
+    " bool needs_learnable_sink=False) -> (Tensor, Tensor, Tensor, Tensor?, Tensor?, Tensor?)"
+)
+FORWARD_SM90 = (
+    f"forward_sm90(Tensor q, Tensor k, Tensor v, {_OPTIONS}, float softcap=0., Tensor? learnable_sink=None,"
+    " Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_q=None, Tensor? seqused_k=None)"
+    " -> (Tensor, Tensor)"
 )
 
 
-def inputs_of(q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...]) -> AttentionInputs:
-    cu_q, cu_k, used_q, used_k, table, bias, mask, padding, slopes, sink, seed = arguments[:11]
-    scale, left, right, top_left, softcap, dropout_p = arguments[11:17]
+def inputs_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    top_left: bool,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    **tensors: Tensor,
+) -> AttentionInputs:
+    cu_q, cu_k, used_q, used_k, table, bias, mask, padding, slopes, sink, seed = map(tensors.get, _TENSORS)
     for name, x in (("slopes", slopes), ("sink", sink)):
         assert x is None or (x.dtype == torch.float32 and x.is_contiguous()), name
     options = AttentionOptions(
-        scale,
-        None if left == -1 else left,
-        None if right == -1 else right,
+        softmax_scale,
+        None if window_left == -1 else window_left,
+        None if window_right == -1 else window_right,
         softcap,
         dropout_p,
         top_left=top_left,
@@ -63,9 +74,34 @@ def inputs_of(q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...]) -> At
     return AttentionInputs(q, k, v, options, modifiers, seed, packed)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    out, lse = portable.forward(inputs_of(q, k, v, arguments))
+def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """Torch leaves out the arguments after the last one that differs from its default."""
+    names = ("softmax_scale", "window_left", "window_right", "top_left", "softcap", "dropout_p", *_TENSORS)
+    out, lse = portable.forward(inputs_of(q, k, v, **dict(zip(names, options, strict=False))))
     return out, lse.float()
+
+
+def forward_dense(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return forward(q, k, v, *options)
+
+
+def forward_sm90(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    top_left: bool,
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+    *lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    layout = (*lengths, *(None,) * (4 - len(lengths)))
+    others = (None, None, None, None, None, learnable_sink)
+    return forward(
+        q, k, v, softmax_scale, window_left, window_right, top_left, softcap, 0.0, *layout, *others
+    )
 
 
 def backward(
@@ -75,13 +111,16 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    dlse: Tensor | None,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
+    deterministic: bool,
+    *options: Any,
+) -> tuple[Tensor | None, ...]:
     """As the kernels do it: per-sequence gradients of slopes and sink, in fp32."""
+    names = ("softmax_scale", "window_left", "window_right", "top_left", "softcap", "dropout_p", *_TENSORS)
+    given = dict(zip((*names, "dlse", "bias", "slopes", "sink"), options, strict=False))
+    dlse, *needed = (given.pop(name, None) for name in ("dlse", "bias", "slopes", "sink"))
+    needs_bias, needs_slopes, needs_sink = map(bool, needed)
     assert dlse is None or (dlse.dtype == torch.float32 and dlse.is_contiguous())
-    needs_bias, needs_slopes, needs_sink = arguments[18:21]
-    inputs = inputs_of(q, k, v, arguments)
+    inputs = inputs_of(q, k, v, **given)
     batch = q.shape[0] if inputs.packed is None else inputs.packed.cu_seqlens_q.shape[0] - 1
     bias, sink = inputs.modifiers.attn_bias, inputs.modifiers.learnable_sink
     slopes = inputs.modifiers.alibi_slopes
@@ -109,8 +148,7 @@ def backward(
         needs_alibi_slopes=needs_slopes,
         needs_learnable_sink=needs_sink,
     )
-    nothing = q.new_empty(0, dtype=torch.float32)
-    dbias, dslopes, dsink = (nothing.clone() for _ in range(3))
+    dbias = dslopes = dsink = None
     if needs_bias:
         is_full = inputs.packed is None and bias.shape == (batch, q.shape[2], q.shape[1], k.shape[1])
         dbias = gradients.attn_bias.contiguous() if is_full else gradients.attn_bias.float().contiguous()
@@ -122,18 +160,11 @@ def backward(
     return (*dqkv, dbias, dslopes, dsink)
 
 
-def forward_dense(operators: Any, q: Tensor, k: Tensor, v: Tensor, *scale_and_window: Any) -> Any:
-    return operators.forward.default(q, k, v, *(None,) * 11, *scale_and_window, 0.0, 0.0)
-
-
 @pytest.fixture(scope="module")
 def operators() -> Iterator[Any]:
-    """``torch.ops.flash_attn_stand_in.forward`` and ``.backward``."""
+    """``torch.ops.flash_attn_stand_in.forward`` and its neighbours."""
     definition = torch.library.Library("flash_attn_stand_in", "DEF")
-    for schema, kernel, fake in (
-        (FORWARD, forward, library._fake_sm80_forward),
-        (BACKWARD, backward, library._fake_sm80_backward),
-    ):
+    for schema, kernel, fake in STAND_INS:
         definition.define(schema)
         definition.impl(kernel.__name__, kernel, "CPU")
         torch.library.register_fake(f"flash_attn_stand_in::{kernel.__name__}", fake, lib=definition)
@@ -141,13 +172,26 @@ def operators() -> Iterator[Any]:
     definition._destroy()
 
 
+STAND_INS = (
+    (FORWARD, forward, library._fake_sm80_forward),
+    (FORWARD_DENSE, forward_dense, library._fake_sm80_forward_dense),
+    (BACKWARD, backward, library._fake_sm80_backward),
+    (FORWARD_SM90, forward_sm90, library._fake_sm90_forward),
+)
+
+
+def run_on(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call, "choose_path", lambda problem: Explanation(path, {"sm80": ("asked for",)}))
+
+
 @pytest.fixture(autouse=True)
-def sm80_on_the_cpu(monkeypatch: pytest.MonkeyPatch, operators: Any) -> None:
+def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch, operators: Any) -> None:
     monkeypatch.setattr(library, "sm80_forward", operators.forward.default)
-    monkeypatch.setattr(library, "sm80_forward_dense", functools.partial(forward_dense, operators))
+    monkeypatch.setattr(library, "sm80_forward_dense", operators.forward_dense.default)
     monkeypatch.setattr(library, "sm80_backward", operators.backward.default)
-    monkeypatch.setattr(call, "choose_path", lambda problem: Explanation("sm80", ()))
+    monkeypatch.setattr(library, "sm90_forward", operators.forward_sm90.default)
     monkeypatch.setattr(call, "_cached_plan", call._plan)
+    run_on("sm80", monkeypatch)
 
 
 @pytest.fixture
@@ -158,7 +202,7 @@ def fresh_compiler() -> None:
 
 def on_the_portable_path(function, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
-        patch.setattr(call, "choose_path", lambda problem: Explanation("portable", ("asked for",)))
+        run_on("portable", patch)
         return function()
 
 
@@ -312,26 +356,105 @@ def test_compiled_once_for_all_lengths(fresh_compiler: None) -> None:
     assert compilations == 1
 
 
+# The sm90 path: another forward, the same backward
+
+
+@pytest.fixture
+def sm90_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls go to the sm90 path, and no other has a forward."""
+    run_on("sm90", monkeypatch)
+    monkeypatch.setattr(library, "sm80_forward", None)
+    monkeypatch.setattr(library, "sm80_forward_dense", None)
+
+
+SM90_CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": {"softcap": 2.0},
+    "options": {"causal": True, "window_size": (4, 0), "softmax_scale": 0.3, "deterministic": True},
+    "top left": {"window_size": (2, 3), "causal_alignment": "top-left"},
+    "sink": {"learnable_sink": torch.linspace(-1, 1, 8)[::2].half().requires_grad_(), "softcap": 2.0},
+}
+SM90_PACKED_CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "options": {"causal": True, "softcap": 2.0},
+    "seqused": USED,
+    "sink": {"learnable_sink": torch.linspace(-1, 1, 4).requires_grad_(), **USED},
+}
+
+
+@pytest.mark.parametrize("name", SM90_CASES)
+def test_dense_calls_of_sm90(name: str, sm90_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {**leaves(), **SM90_CASES[name]}
+    actual = gradients(flash_attn_func, arguments)
+    expected = on_the_portable_path(lambda: gradients(flash_attn_func, arguments), monkeypatch)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", SM90_PACKED_CASES)
+def test_packed_calls_of_sm90(name: str, sm90_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {**packed_leaves(), "cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K, **SM90_PACKED_CASES[name]}
+    actual = gradients(flash_attn_varlen_func, arguments)
+    expected = on_the_portable_path(lambda: gradients(flash_attn_varlen_func, arguments), monkeypatch)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_calls_of_sm90_compile_to_one_graph(sm90_alone: None, fresh_compiler: None) -> None:
+    arguments = {**leaves(), **SM90_CASES["sink"]}
+    compiled = torch.compile(flash_attn_func, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(gradients(compiled, arguments), gradients(flash_attn_func, arguments))
+    arguments = {**packed_leaves(), "cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K, **SM90_PACKED_CASES["sink"]}
+    compiled = torch.compile(flash_attn_varlen_func, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(gradients(compiled, arguments), gradients(flash_attn_varlen_func, arguments))
+
+
+@pytest.mark.parametrize("path", ["sm80", "sm90"])
+def test_a_plain_call_passes_few_arguments(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every argument that crosses the boxed interface costs time: what has a default is left out."""
+    calls: dict[str, int] = {}
+
+    def count_arguments_of(name: str) -> None:
+        operator = getattr(library, name)
+
+        def counting(*arguments: Any) -> Any:
+            calls[name] = len(arguments)
+            return operator(*arguments)
+
+        monkeypatch.setattr(library, name, counting)
+
+    for name in ("sm80_forward_dense", "sm80_backward", "sm90_forward"):
+        count_arguments_of(name)
+    run_on(path, monkeypatch)
+    flash_attn_func(**leaves(), causal=True).sum().backward()
+    assert calls == {"sm80_forward_dense" if path == "sm80" else "sm90_forward": 7, "sm80_backward": 11}
+
+
+# The operators' schemas and fakes
+
+
 def test_fakes_describe_what_the_operators_return(operators: Any) -> None:
     dense = [x.detach() for x in leaves().values()]
-    no_tensors, options = (None,) * 11, (0.5, -1, 0, False, 0.0, 0.0)
-    arguments = (*dense, *no_tensors, *options)
-    torch.library.opcheck(operators.forward.default, arguments, test_utils=("test_schema", "test_faketensor"))
-    out, lse = operators.forward(*arguments)
-    bias, slopes, sink = torch.randn(1, 4, 9, 11), torch.rand(1, 4), torch.rand(4)
-    others = (None, None, None, None, None, bias, None, None, slopes, sink, None)
+    options = (0.5, -1, 0, False)
+    for operator in (operators.forward, operators.forward_dense, operators.forward_sm90):
+        torch.library.opcheck(operator.default, (*dense, *options))
+    out, lse = operators.forward(*dense, *options)
+    modifiers = {"attn_bias": torch.randn(1, 4, 9, 11), "alibi_slopes": torch.rand(1, 4)}
+    modifiers["learnable_sink"] = torch.rand(4)
     for needed in (False, True):
         torch.library.opcheck(
             operators.backward.default,
-            (out, *dense, out, lse, None, *others, *options, False, needed, needed, needed),
-            test_utils=("test_schema", "test_faketensor"),
+            (out, *dense, out, lse, False, *options),
+            {**modifiers, **{f"needs_{name}": needed for name in modifiers}},
         )
 
 
-def test_the_stand_in_has_the_schemas_of_the_fakes(operators: Any) -> None:
-    for operator, fake in (
-        (operators.forward, library._fake_sm80_forward),
-        (operators.backward, library._fake_sm80_backward),
-    ):
-        names = [argument.name for argument in operator.default._schema.arguments]
-        assert names == list(inspect.signature(fake).parameters)
+@pytest.mark.parametrize("schema, kernel, fake", STAND_INS, ids=lambda x: getattr(x, "__name__", ""))
+def test_the_stand_in_has_the_schemas_of_the_fakes(
+    schema: str, kernel: Any, fake: Any, operators: Any
+) -> None:
+    arguments = getattr(operators, kernel.__name__).default._schema.arguments
+    parameters = inspect.signature(fake).parameters
+    assert [argument.name for argument in arguments] == list(parameters)
+    for argument in arguments:
+        default = parameters[argument.name].default
+        assert (default is not inspect.Parameter.empty) == argument.has_default_value()
+        assert not argument.has_default_value() or default == argument.default_value

@@ -13,8 +13,8 @@
 #include <initializer_list>
 #include <optional>
 
+#include "../attention/head_dims.h"
 #include "../attention/params.h"
-#include "../attention/sm80/head_dims.h"
 #include "allocate.h"
 
 namespace flash_attn::api {
@@ -22,14 +22,15 @@ namespace flash_attn::api {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What the forward and the backward operator have in common.
+// What the operators have in common, in the order of operator_arguments.h.
 struct AttentionArguments {
-  std::optional<Tensor> cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table;
-  std::optional<Tensor> attn_bias, attn_mask, key_padding_mask, alibi_slopes, learnable_sink, seed_and_offset;
   double softmax_scale;
   int64_t window_left, window_right;
   bool top_left;
-  double softcap, dropout_p;
+  double softcap = 0, dropout_p = 0;
+  std::optional<Tensor> cu_seqlens_q{}, cu_seqlens_k{}, seqused_q{}, seqused_k{}, block_table{};
+  std::optional<Tensor> attn_bias{}, attn_mask{}, key_padding_mask{}, alibi_slopes{}, learnable_sink{};
+  std::optional<Tensor> seed_and_offset{};
 
   bool packed() const { return cu_seqlens_q.has_value(); }
   bool paged() const { return block_table.has_value(); }
@@ -176,8 +177,8 @@ inline AttentionParams attention_params(const AttentionArguments& arguments, con
   for (int64_t d = 0; d < key_rows + 2; ++d) STD_TORCH_CHECK(k.size(d) == v.size(d), "k, v: shapes must match");
   STD_TORCH_CHECK(k.size(key_rows + 2) == head_dim, "q, k: head dims must be equal");
   const int64_t head_dim_v = v.size(key_rows + 2);
-  STD_TORCH_CHECK(head_dim >= 1 && head_dim <= sm80::kMaxHeadDim && head_dim_v >= 1 && head_dim_v <= sm80::kMaxHeadDim,
-                  "q, v: head dims must be in [1, ", sm80::kMaxHeadDim, "]");
+  STD_TORCH_CHECK(head_dim >= 1 && head_dim <= kMaxHeadDim && head_dim_v >= 1 && head_dim_v <= kMaxHeadDim,
+                  "q, v: head dims must be in [1, ", kMaxHeadDim, "]");
   STD_TORCH_CHECK(arguments.packed() || k.size(0) == batch, "q, k: batch sizes must be equal");
   STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "q: heads must be a multiple of the heads of k");
   STD_TORCH_CHECK(std::isfinite(arguments.softmax_scale), "softmax_scale: must be finite");

@@ -17,6 +17,8 @@
 #include "../attention/sm80/launch.h"
 #include "attention_arguments.h"
 #include "device.h"
+#include "forward_call.h"
+#include "operator_arguments.h"
 
 namespace flash_attn::api {
 
@@ -46,8 +48,6 @@ sm80::TileShape backward_tile(int head_dim, int head_dim_v, bool general, bool l
 
 float* float_data(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
-Tensor no_gradient(const Tensor& like) { return new_tensor(like, {0}, ScalarType::Float); }
-
 // Into how many parts the query heads of one key-value head are divided among blocks, so that few long sequences with
 // few key-value heads still fill the device.
 int group_splits(const AttentionParams& params, int key_slots, int multiprocessors) {
@@ -67,54 +67,32 @@ int deterministic_interleave(const AttentionParams& params, int key_slots, int m
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> sm80_forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> cu_seqlens_q,
-                                        std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> seqused_q,
-                                        std::optional<Tensor> seqused_k, std::optional<Tensor> block_table,
-                                        std::optional<Tensor> attn_bias, std::optional<Tensor> attn_mask,
-                                        std::optional<Tensor> key_padding_mask, std::optional<Tensor> alibi_slopes,
-                                        std::optional<Tensor> learnable_sink, std::optional<Tensor> seed_and_offset,
-                                        double softmax_scale, int64_t window_left, int64_t window_right, bool top_left,
-                                        double softcap, double dropout_p) {
-  const AttentionArguments arguments{cu_seqlens_q,    cu_seqlens_k,  seqused_q,        seqused_k,    block_table,
-                                     attn_bias,       attn_mask,     key_padding_mask, alibi_slopes, learnable_sink,
-                                     seed_and_offset, softmax_scale, window_left,      window_right, top_left,
-                                     softcap,         dropout_p};
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const int64_t dim = arguments.packed() ? 3 : 4, key_dim = arguments.paged() ? 4 : dim;
-  q = with_dense_rows("q", q, dim, q);
-  k = with_dense_rows("k", k, key_dim, q), v = with_dense_rows("v", v, key_dim, q);
-  const int64_t head_dim_v = v.size(key_dim - 1);
-  Tensor out = dim == 3 ? new_tensor(q, {q.size(0), q.size(1), head_dim_v}, q.scalar_type())
-                        : new_tensor(q, {q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type());
-  Tensor lse = dim == 3 ? new_tensor(q, {q.size(1), q.size(0)}, ScalarType::Float)
-                        : new_tensor(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
-  const ForwardParams params{attention_params(arguments, q, k, v, out, {&q, &k, &v, &out}), float_data(lse), 0};
-  const int shared_bytes = device_limits(q.get_device_index()).shared_bytes_per_block;
-  const cudaStream_t stream = current_stream(q);
-  for_kernel(q, params, [&]<typename Element, typename Variant>(Element, Variant) {
-    sm80::launch_forward<Element, Variant>(params, shared_bytes, stream);
+void run_sm80_forward(const ForwardCall& call) {
+  const LaunchTarget target = launch_target(call.q);
+  for_kernel(call.q, call.params, [&]<typename Element, typename Variant>(Element, Variant) {
+    sm80::launch_forward<Element, Variant>(call.params, target);
   });
-  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> sm80_forward(Tensor q, Tensor k, Tensor v, FLASH_ATTN_PARAMETERS) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const ForwardCall call = forward_call({FLASH_ATTN_ARGUMENTS}, q, k, v);
+  run_sm80_forward(call);
+  return {call.out, call.lse};
 }
 
 std::tuple<Tensor, Tensor> sm80_forward_dense(Tensor q, Tensor k, Tensor v, double softmax_scale, int64_t window_left,
                                               int64_t window_right, bool top_left) {
-  return sm80_forward(q, k, v, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, softmax_scale, window_left, window_right,
-                      top_left, /*softcap=*/0, /*dropout_p=*/0);
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const ForwardCall call = forward_call({softmax_scale, window_left, window_right, top_left}, q, k, v);
+  run_sm80_forward(call);
+  return {call.out, call.lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sm80_backward(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, std::optional<Tensor> dlse,
-    std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> seqused_q,
-    std::optional<Tensor> seqused_k, std::optional<Tensor> block_table, std::optional<Tensor> attn_bias,
-    std::optional<Tensor> attn_mask, std::optional<Tensor> key_padding_mask, std::optional<Tensor> alibi_slopes,
-    std::optional<Tensor> learnable_sink, std::optional<Tensor> seed_and_offset, double softmax_scale,
-    int64_t window_left, int64_t window_right, bool top_left, double softcap, double dropout_p, bool deterministic,
-    bool needs_attn_bias, bool needs_alibi_slopes, bool needs_learnable_sink) {
-  const AttentionArguments arguments{cu_seqlens_q,    cu_seqlens_k,  seqused_q,        seqused_k,    block_table,
-                                     attn_bias,       attn_mask,     key_padding_mask, alibi_slopes, learnable_sink,
-                                     seed_and_offset, softmax_scale, window_left,      window_right, top_left,
-                                     softcap,         dropout_p};
+std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> sm80_backward(
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool deterministic, FLASH_ATTN_PARAMETERS,
+    std::optional<Tensor> dlse, bool needs_attn_bias, bool needs_alibi_slopes, bool needs_learnable_sink) {
+  const AttentionArguments arguments{FLASH_ATTN_ARGUMENTS};
   STD_TORCH_CHECK(!arguments.paged(), "block_table: paged keys have no backward");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const int64_t dim = arguments.packed() ? 3 : 4;
@@ -158,8 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sm80_backward(
   const int64_t dk_partial = layout.add(parts * k.numel()), dv_partial = layout.add(parts * v.numel());
   const int64_t sink_partial = layout.add(needs_learnable_sink ? query_tiles : 0);
   const Tensor scratch = new_tensor(q, {layout.bytes()}, ScalarType::Byte);
-  const cudaStream_t stream = current_stream(q);
-  if (zeroed_bytes > 0) FLASH_ATTN_CUDA_CHECK(cudaMemsetAsync(scratch.data_ptr(), 0, zeroed_bytes, stream));
+  const LaunchTarget target = launch_target(q);
+  if (zeroed_bytes > 0) FLASH_ATTN_CUDA_CHECK(cudaMemsetAsync(scratch.data_ptr(), 0, zeroed_bytes, target.stream));
   const auto floats = [base = static_cast<char*>(scratch.data_ptr())](int64_t offset) {
     return reinterpret_cast<float*>(base + offset);
   };
@@ -171,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sm80_backward(
   params.sink_partial = needs_learnable_sink ? floats(sink_partial) : nullptr;
   params.slope_partial = needs_alibi_slopes ? floats(slope_partial) : nullptr;
 
-  Tensor dbias = no_gradient(q), dslopes = no_gradient(q), dsink = no_gradient(q);
+  std::optional<Tensor> dbias, dslopes, dsink;
   if (needs_attn_bias) {
     STD_TORCH_CHECK(attn_bias.has_value(), "needs_attn_bias: there is no attn_bias");
     const Tensor& bias = *attn_bias;
@@ -180,25 +158,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sm80_backward(
                              bias.size(2) == params.queries.rows && bias.size(3) == params.keys.rows;
     dbias =
         torch::stable::new_zeros(bias, bias.sizes(), params.dbias_is_stored ? bias.scalar_type() : ScalarType::Float);
-    params.dbias = score_tensor("dbias", dbias, shape);
+    params.dbias = score_tensor("dbias", *dbias, shape);
     if (params.dbias_is_stored) {  // a size of 1 is not broadcast, then
       params.dbias.rows = params.queries.rows, params.dbias.columns = params.keys.rows;
     }
   }
   for_kernel(q, params, [&]<typename Element, typename Variant>(Element, Variant) {
-    sm80::launch_backward<Element, Variant>(params, limits.shared_bytes_per_block, stream);
+    sm80::launch_backward<Element, Variant>(params, target);
   });
   if (needs_alibi_slopes) {
     dslopes = new_tensor(q, {shape.batch, shape.heads}, ScalarType::Float);
     sm80::launch_partial_sum({params.keys, shape.batch, shape.heads, tile.columns, params.key_slots, tile.warps,
-                              params.slope_partial, float_data(dslopes)},
-                             stream);
+                              params.slope_partial, float_data(*dslopes)},
+                             target);
   }
   if (needs_learnable_sink) {
     dsink = new_tensor(q, {shape.batch, shape.heads}, ScalarType::Float);
     sm80::launch_partial_sum({params.queries, shape.batch, shape.heads, tile.rows, params.query_slots, 1,
-                              params.sink_partial, float_data(dsink)},
-                             stream);
+                              params.sink_partial, float_data(*dsink)},
+                             target);
   }
   return {dq, dk, dv, dbias, dslopes, dsink};
 }

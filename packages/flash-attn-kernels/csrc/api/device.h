@@ -8,6 +8,7 @@
 #include <array>
 #include <mutex>
 
+#include "../attention/launch.h"
 #include "cuda_check.h"
 
 // Weak, so that the library also loads in CPU-only torch, which lacks this function.
@@ -25,6 +26,7 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
 struct DeviceLimits {
   int shared_bytes_per_block;  // that one block may use when it asks for it
   int multiprocessors;
+  int capability_major, capability_minor;
 };
 
 // Asked for once for each device: a query costs microseconds.
@@ -34,12 +36,22 @@ inline const DeviceLimits& device_limits(int device) {
   static std::array<DeviceLimits, kDevices> limits;
   STD_TORCH_CHECK(device >= 0 && device < kDevices, "got device ", device, ", expected one below ", kDevices);
   std::call_once(asked[device], [device] {
-    FLASH_ATTN_CUDA_CHECK(cudaDeviceGetAttribute(&limits[device].shared_bytes_per_block,
-                                                 cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    FLASH_ATTN_CUDA_CHECK(
-        cudaDeviceGetAttribute(&limits[device].multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    const auto ask = [device](int& answer, cudaDeviceAttr attribute) {
+      FLASH_ATTN_CUDA_CHECK(cudaDeviceGetAttribute(&answer, attribute, device));
+    };
+    ask(limits[device].shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    ask(limits[device].multiprocessors, cudaDevAttrMultiProcessorCount);
+    ask(limits[device].capability_major, cudaDevAttrComputeCapabilityMajor);
+    ask(limits[device].capability_minor, cudaDevAttrComputeCapabilityMinor);
   });
   return limits[device];
+}
+
+// The device of the tensor, which must be the current one, and its current stream.
+inline LaunchTarget launch_target(const torch::stable::Tensor& tensor) {
+  const int device = tensor.get_device_index();
+  const DeviceLimits& limits = device_limits(device);
+  return {device, limits.multiprocessors, limits.shared_bytes_per_block, current_stream(tensor)};
 }
 
 }  // namespace flash_attn::api

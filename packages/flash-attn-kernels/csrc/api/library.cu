@@ -2,26 +2,24 @@
 
 #include <torch/csrc/stable/library.h>
 
-#define FLASH_ATTN_OPTIONAL_TENSORS                                                                        \
-  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? block_table," \
-  "Tensor? attn_bias, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? alibi_slopes,"                  \
-  "Tensor? learnable_sink, Tensor? seed_and_offset,"
-#define FLASH_ATTN_OPTIONS \
-  "float softmax_scale, int window_left, int window_right, bool top_left, float softcap, float dropout_p"
+#include "operator_arguments.h"
 
 STABLE_TORCH_LIBRARY(flash_attn_kernels, m) {
   // window_left and window_right: -1 is unbounded. lse is fp32 (B, H, Sq) or (H, Tq), natural logarithm.
-  m.def("sm80_forward(Tensor q, Tensor k, Tensor v," FLASH_ATTN_OPTIONAL_TENSORS FLASH_ATTN_OPTIONS
+  m.def("sm80_forward(Tensor q, Tensor k, Tensor v," FLASH_ATTN_SCHEMA_OPTIONS "," FLASH_ATTN_SCHEMA_OPTIONAL
         ") -> (Tensor, Tensor)");
-  // The same without anything optional: an operator with few arguments is called faster.
+  // The same without anything optional: every argument costs time, an absent one too, here a microsecond.
+  m.def("sm80_forward_dense(Tensor q, Tensor k, Tensor v," FLASH_ATTN_SCHEMA_OPTIONS ") -> (Tensor, Tensor)");
+  // Gradients of q, k, v, and of attn_bias, alibi_slopes (B, H) and learnable_sink (B, H) where they are needed.
   m.def(
-      "sm80_forward_dense(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, int window_right,"
-      " bool top_left) -> (Tensor, Tensor)");
-  m.def(
-      "sm80_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? "
-      "dlse," FLASH_ATTN_OPTIONAL_TENSORS FLASH_ATTN_OPTIONS
-      ", bool deterministic, bool needs_attn_bias, bool needs_alibi_slopes, bool needs_learnable_sink)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "sm80_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool "
+      "deterministic," FLASH_ATTN_SCHEMA_OPTIONS "," FLASH_ATTN_SCHEMA_OPTIONAL
+      ", Tensor? dlse=None, bool needs_attn_bias=False, bool needs_alibi_slopes=False,"
+      " bool needs_learnable_sink=False) -> (Tensor, Tensor, Tensor, Tensor?, Tensor?, Tensor?)");
+  // The forward on a device of compute capability 9.x. Rows that are not 16-byte aligned go to the sm80 kernels.
+  m.def("sm90_forward(Tensor q, Tensor k, Tensor v," FLASH_ATTN_SCHEMA_OPTIONS
+        ", float softcap=0., Tensor? learnable_sink=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None,"
+        " Tensor? seqused_q=None, Tensor? seqused_k=None) -> (Tensor, Tensor)");
   // The tile that a device granting a block `shared_bytes` gets: (rows, columns, warps, bytes of shared memory).
   m.def("sm80_forward_tile(int head_dim, int head_dim_v, bool general, int shared_bytes) -> (int, int, int, int)");
   m.def(

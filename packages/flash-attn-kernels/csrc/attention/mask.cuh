@@ -17,12 +17,12 @@ struct KeyBounds {
     first = diagonal - window.left;
     last = min(sequence.seqlen_k - 1, diagonal + window.right);
   }
-  __device__ __forceinline__ bool contain(int key) const { return key >= first && key <= last; }
 };
 
 // `row` and `column` are the query and key of the thread's first element; fragments step by 16 rows and 8 columns,
-// and hold (row, column), (row, column + 1), (row + 8, column), (row + 8, column + 1).
-template <int kRowTiles, int kColumnTiles>
+// and hold (row, column), (row, column + 1), (row + 8, column), (row + 8, column + 1). kBegins: some row's first key
+// may be in the tile, not only its last.
+template <bool kBegins, int kRowTiles, int kColumnTiles>
 __device__ __forceinline__ void mask_scores(float (&scores)[kRowTiles][kColumnTiles][4], const Sequence& sequence,
                                             const Window& window, int row, int column) {
 #pragma unroll
@@ -34,7 +34,8 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kRowTiles][kColumnTi
       for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (!bounds.contain(column + 8 * j + e)) scores[i][j][2 * half + e] = -INFINITY;
+          const int key = column + 8 * j + e;
+          if ((kBegins && key < bounds.first) || key > bounds.last) scores[i][j][2 * half + e] = -INFINITY;
         }
       }
     }

@@ -65,6 +65,20 @@ __device__ __forceinline__ float2 unpack_bias(uint32_t pair, BiasType type) {
   return type == BiasType::kBFloat16 ? ptx::unpack<__nv_bfloat16>(pair) : ptx::unpack<__half>(pair);
 }
 
+// Products q k become soft-capped scores in base 2; `slope` is called with (i, j, e) and d(score) / d(scale * product).
+template <int kRowTiles, int kColumnTiles, typename Slope>
+__device__ __forceinline__ void soft_cap(float (&scores)[kRowTiles][kColumnTiles][4], const AttentionParams& params,
+                                         const Slope& slope) {
+  const float factor = params.softmax_scale_log2 * 2.f / params.modifiers.softcap;
+  const float cap = params.modifiers.softcap * kLog2e;
+  for_each_element<kRowTiles, kColumnTiles>([&](int i, int j, int e) {
+    // tanh(x) = 1 - 2 / (1 + exp(2 x)): as exact as fp32 scores are, unlike tanh.approx.
+    const float tanh = 1.f - __fdividef(2.f, 1.f + ptx::exp2(scores[i][j][e] * factor));
+    scores[i][j][e] = cap * tanh;
+    slope(i, j, e, 1.f - tanh * tanh);
+  });
+}
+
 // Modifies the scores of one sequence and head.
 class ScoreModifier {
  public:
@@ -89,14 +103,7 @@ class ScoreModifier {
                                         float (&slopes)[kRowTiles][kColumnTiles][4], const FragmentOrigin& origin,
                                         const Tile& bias_tile) const {
     if (modifiers_.softcap > 0.f) {
-      const float factor = params_.softmax_scale_log2 * 2.f / modifiers_.softcap;
-      const float cap = modifiers_.softcap * kLog2e;
-      for_each_element<kRowTiles, kColumnTiles>([&](int i, int j, int e) {
-        // tanh(x) = 1 - 2 / (1 + exp(2 x)): as exact as fp32 scores are, unlike tanh.approx.
-        const float tanh = 1.f - __fdividef(2.f, 1.f + ptx::exp2(scores[i][j][e] * factor));
-        scores[i][j][e] = cap * tanh;
-        slopes[i][j][e] = 1.f - tanh * tanh;
-      });
+      soft_cap(scores, params_, [&](int i, int j, int e, float slope) { slopes[i][j][e] = slope; });
     } else {
       for_each_element<kRowTiles, kColumnTiles>(
           [&](int i, int j, int e) { scores[i][j][e] *= params_.softmax_scale_log2; });

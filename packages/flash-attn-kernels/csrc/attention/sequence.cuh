@@ -80,6 +80,7 @@ struct Sequence {
   int seqlen_q, seqlen_k;  // rows that take part
   int shift;               // the key on whose diagonal query 0 lies
 
+  Sequence() = default;
   __device__ __forceinline__ Sequence(const AttentionParams& params, int index_) : index(index_) {
     const int batch = params.shape.batch;
     first_q = first_row(params.queries, index);

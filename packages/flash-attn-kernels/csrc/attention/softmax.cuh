@@ -23,42 +23,55 @@ struct OnlineSoftmax {
     }
   }
 
-  // Turns scores into unnormalised probabilities exp2(scale_log2 * (score - maximum)) and rescales the accumulator
-  // to the new maximum. kMasked: some rows may have seen no key yet.
+  // Turns the scores of row r into unnormalised probabilities exp2(scale_log2 * (score - maximum)) and returns the
+  // factor that brings what was summed before to the new maximum. kMasked: some rows may have seen no key yet.
+  template <bool kMasked, int kColumnTiles>
+  __device__ __forceinline__ float advance_row(int r, float (&scores)[kRowTiles][kColumnTiles][4], float scale_log2) {
+    const int i = r / 2, half = r % 2;
+    float tile_maximum = scores[i][0][2 * half];
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j) {
+      tile_maximum = fmaxf(tile_maximum, fmaxf(scores[i][j][2 * half], scores[i][j][2 * half + 1]));
+    }
+    tile_maximum = fmaxf(tile_maximum, __shfl_xor_sync(0xffffffffu, tile_maximum, 1));
+    tile_maximum = fmaxf(tile_maximum, __shfl_xor_sync(0xffffffffu, tile_maximum, 2));
+    const float new_maximum = fmaxf(maximum[r], tile_maximum);
+    // With no visible key so far, shifting by 0 keeps exp2(-inf - 0) = 0 instead of (-inf) - (-inf) = NaN.
+    const float shift = (kMasked && new_maximum == -INFINITY) ? 0.f : new_maximum * scale_log2;
+    const float correction = ptx::exp2(fmaf(maximum[r], scale_log2, -shift));
+    maximum[r] = new_maximum;
+    float tile_sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& score = scores[i][j][2 * half + e];
+        score = ptx::exp2(fmaf(score, scale_log2, -shift));
+        tile_sum += score;
+      }
+    }
+    sum[r] = fmaf(sum[r], correction, tile_sum);
+    return correction;
+  }
+
+  template <int kOutTiles>
+  __device__ __forceinline__ static void rescale_row(int r, float (&accumulator)[kRowTiles][kOutTiles][4],
+                                                     float correction) {
+    const int i = r / 2, half = r % 2;
+#pragma unroll
+    for (int j = 0; j < kOutTiles; ++j) {
+      accumulator[i][j][2 * half] *= correction;
+      accumulator[i][j][2 * half + 1] *= correction;
+    }
+  }
+
+  // Both for all rows.
   template <bool kMasked, int kColumnTiles, int kOutTiles>
   __device__ __forceinline__ void update(float (&scores)[kRowTiles][kColumnTiles][4],
                                          float (&accumulator)[kRowTiles][kOutTiles][4], float scale_log2) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int i = r / 2, half = r % 2;
-      float tile_maximum = scores[i][0][2 * half];
-#pragma unroll
-      for (int j = 0; j < kColumnTiles; ++j) {
-        tile_maximum = fmaxf(tile_maximum, fmaxf(scores[i][j][2 * half], scores[i][j][2 * half + 1]));
-      }
-      tile_maximum = fmaxf(tile_maximum, __shfl_xor_sync(0xffffffffu, tile_maximum, 1));
-      tile_maximum = fmaxf(tile_maximum, __shfl_xor_sync(0xffffffffu, tile_maximum, 2));
-      const float new_maximum = fmaxf(maximum[r], tile_maximum);
-      // With no visible key so far, shifting by 0 keeps exp2(-inf - 0) = 0 instead of (-inf) - (-inf) = NaN.
-      const float shift = (kMasked && new_maximum == -INFINITY) ? 0.f : new_maximum * scale_log2;
-      const float correction = ptx::exp2(fmaf(maximum[r], scale_log2, -shift));
-      maximum[r] = new_maximum;
-      float tile_sum = 0.f;
-#pragma unroll
-      for (int j = 0; j < kColumnTiles; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& score = scores[i][j][2 * half + e];
-          score = ptx::exp2(fmaf(score, scale_log2, -shift));
-          tile_sum += score;
-        }
-      }
-      sum[r] = fmaf(sum[r], correction, tile_sum);
-#pragma unroll
-      for (int j = 0; j < kOutTiles; ++j) {
-        accumulator[i][j][2 * half] *= correction;
-        accumulator[i][j][2 * half + 1] *= correction;
-      }
+      rescale_row(r, accumulator, advance_row<kMasked>(r, scores, scale_log2));
     }
   }
 
@@ -82,8 +95,8 @@ struct OnlineSoftmax {
         shift = with_sink;
       }
       const bool empty = sum[r] == 0.f || first_row + 16 * i + 8 * half >= row_count;
-      normaliser = empty ? 0.f : normaliser * out_scale / sum[r];
-      sum[r] = empty ? -INFINITY : shift + logf(sum[r]);
+      normaliser = empty ? 0.f : __fdividef(normaliser * out_scale, sum[r]);
+      sum[r] = empty ? -INFINITY : shift + __logf(sum[r]);
 #pragma unroll
       for (int j = 0; j < kOutTiles; ++j) {
         accumulator[i][j][2 * half] *= normaliser;

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import portable, sm80
+from . import portable, sm80, sm90
 from .autocast import autocast_is_on, autocast_switched_off
 from .inputs import NO_MODIFIERS, AttentionInputs, Gradients, PackedLayout, ScoreModifiers
 from .options import AttentionOptions
 
-PATHS: dict[str, Any] = {"sm80": sm80, "portable": portable}
+PATHS: dict[str, Any] = {"sm90": sm90, "sm80": sm80, "portable": portable}
 
 _MODIFIERS = 5  # fields of ScoreModifiers, and which of them have gradients
 _ATTN_BIAS, _ALIBI_SLOPES, _LEARNABLE_SINK = 0, 3, 4

@@ -64,8 +64,8 @@ def run(
         learnable_sink,
         causal_alignment,
     )
-    if explanation.reasons:
-        _object_to_the_portable_path(explanation.reasons, q.device.type, strict)
+    if explanation.path == "portable":
+        _object_to_the_portable_path(explanation.reasons["sm80"], q.device.type, strict)
     seed_and_offset = draw_seed_and_offset(q.device) if options.dropout_p > 0 else None
     call = (q, k, v, options, score_modifiers, seed_and_offset, packed, explanation.path, needs_gradient)
     if autocast:
@@ -123,6 +123,7 @@ def prepare(
     needs_gradient = grad_enabled and (q.requires_grad or k.requires_grad or v.requires_grad)
     sums_broadcast_bias = False
     score_modifiers = NO_MODIFIERS
+    score_tensors: tuple[str, ...] = ()
     if not (
         attn_bias is None
         and attn_mask is None
@@ -133,6 +134,7 @@ def prepare(
         score_modifiers = modifiers.make_modifiers(
             q, k, packed, attn_bias, attn_mask, key_padding_mask, alibi_slopes, learnable_sink
         )
+        score_tensors = modifiers.score_tensors(score_modifiers)
         if grad_enabled:
             bias = score_modifiers.attn_bias
             needs_gradient = (
@@ -162,6 +164,7 @@ def prepare(
         causal_alignment,
         needs_gradient,
         sums_broadcast_bias,
+        score_tensors,
     )
     return q, k, v, autocast, score_modifiers, needs_gradient, options, explanation
 
@@ -181,6 +184,7 @@ def _plan(
     causal_alignment: str,
     needs_gradient: bool,
     sums_broadcast_bias: bool,
+    score_tensors: tuple[str, ...],
 ) -> tuple[AttentionOptions, Explanation]:
     """The options and the path of every call that agrees in these arguments."""
     # torch.compile may trace a number as a symbol; asking for its parts makes it a constant of the graph.
@@ -202,6 +206,9 @@ def _plan(
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         layout=layout,
+        softmax_scale=options.softmax_scale,
+        has_dropout=options.dropout_p > 0.0,
+        score_tensors=score_tensors,
         deterministic=options.deterministic,
         needs_gradient=needs_gradient,
         sums_broadcast_bias=sums_broadcast_bias,

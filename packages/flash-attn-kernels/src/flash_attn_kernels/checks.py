@@ -39,18 +39,18 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, *, layout: str) -> tuple[int,
             len(q_shape) == query_rank
             and len(k_shape) == key_rank
             and (v_shape == k_shape or (v_shape[:-1] == k_shape[:-1] and v_shape[-1] > 0))
-            and q_shape[-1] == k_shape[-1]
-            and k_shape[-1] > 0
-            and q_shape[-2] >= k_shape[-2] > 0
-            and q_shape[-2] % k_shape[-2] == 0
+            and (head_dim := q_shape[-1]) == k_shape[-1]
+            and head_dim > 0
+            and (heads := q_shape[-2]) >= (kv_heads := k_shape[-2]) > 0
+            and heads % kv_heads == 0
             and (layout != "dense" or q_shape[0] == k_shape[0])
             and dtype in DTYPES
-            and k.dtype == dtype
-            and v.dtype == dtype
+            and k.dtype is dtype
+            and v.dtype is dtype
             and k.device == device
             and v.device == device
         ):
-            return q_shape[-1], v_shape[-1]
+            return head_dim, v_shape[-1]
     _check_one_by_one(q, k, v, layout)
     return q.shape[-1], v.shape[-1]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from . import sm90
 from .call import prepare
 from .dispatch import Explanation
 from .inputs import PackedLayout
@@ -41,7 +43,7 @@ def explain(
 
     Takes the arguments of :func:`flash_attn_func`, and by keyword those that only :func:`flash_attn_varlen_func` has;
     ``cu_seqlens_q`` or ``cu_seqlens_k`` makes it a question about that function. The answer holds for the grad mode it
-    is asked in.
+    is asked in, and for these addresses and strides; fake tensors have none and count as aligned.
 
     Raises:
         ValueError: as the functions themselves.
@@ -56,7 +58,7 @@ def explain(
     ):
         # An absent cu_seqlens is refused by name, as in the function asked about.
         packed = PackedLayout(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table)  # type: ignore[arg-type]
-    *_, explanation = prepare(
+    q, k, v, *_, explanation = prepare(
         q,
         k,
         v,
@@ -74,4 +76,8 @@ def explain(
         learnable_sink,
         causal_alignment,
     )
+    if explanation.path == "sm90" and not isinstance(q, torch._subclasses.FakeTensor):
+        unaligned = sm90.unaligned_rows(q, k, v)
+        if unaligned is not None:
+            return Explanation("sm80", {"sm90": (unaligned,)})
     return explanation

@@ -22,6 +22,7 @@ LIBRARY_PATH = Path(__file__).parent / "lib" / "libflash_attn_kernels.so"
 sm80_forward: Any = None
 sm80_forward_dense: Any = None
 sm80_backward: Any = None
+sm90_forward: Any = None
 
 
 @constant_under_compile
@@ -32,7 +33,7 @@ def load_error() -> str | None:
 
 @functools.cache
 def _load() -> str | None:
-    global sm80_forward, sm80_forward_dense, sm80_backward
+    global sm80_forward, sm80_forward_dense, sm80_backward, sm90_forward
     if not LIBRARY_PATH.exists():
         return (
             "this installation has no compiled kernels (install a platform wheel, or build with "
@@ -45,47 +46,70 @@ def _load() -> str | None:
     torch.library.register_fake("flash_attn_kernels::sm80_forward", _fake_sm80_forward)
     torch.library.register_fake("flash_attn_kernels::sm80_forward_dense", _fake_sm80_forward_dense)
     torch.library.register_fake("flash_attn_kernels::sm80_backward", _fake_sm80_backward)
+    torch.library.register_fake("flash_attn_kernels::sm90_forward", _fake_sm90_forward)
     sm80_forward = torch.ops.flash_attn_kernels.sm80_forward.default
     sm80_forward_dense = torch.ops.flash_attn_kernels.sm80_forward_dense.default
     sm80_backward = torch.ops.flash_attn_kernels.sm80_backward.default
+    sm90_forward = torch.ops.flash_attn_kernels.sm90_forward.default
     return None
 
 
 # Shapes, dtypes and strides of the operators' results, for FakeTensor, meta tensors and torch.compile.
 
 
-def _fake_sm80_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seqused_q: Tensor | None,
-    seqused_k: Tensor | None,
-    block_table: Tensor | None,
-    attn_bias: Tensor | None,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    learnable_sink: Tensor | None,
-    seed_and_offset: Tensor | None,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    top_left: bool,
-    softcap: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def _forward_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     *tokens, H, _ = q.shape  # (B, Sq) or (Tq,)
     *batch, rows = tokens
     return q.new_empty((*tokens, H, v.shape[-1])), q.new_empty((*batch, H, rows), dtype=torch.float32)
 
 
+def _fake_sm80_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    top_left: bool,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    seed_and_offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _forward_results(q, v)
+
+
 def _fake_sm80_forward_dense(
     q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, window_left: int, window_right: int, top_left: bool
 ) -> tuple[Tensor, Tensor]:
-    B, Sq, H, _ = q.shape
-    return q.new_empty((B, Sq, H, v.shape[-1])), q.new_empty((B, H, Sq), dtype=torch.float32)
+    return _forward_results(q, v)
+
+
+def _fake_sm90_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    top_left: bool,
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _forward_results(q, v)
 
 
 def _fake_sm80_backward(
@@ -95,45 +119,44 @@ def _fake_sm80_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    dlse: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seqused_q: Tensor | None,
-    seqused_k: Tensor | None,
-    block_table: Tensor | None,
-    attn_bias: Tensor | None,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    learnable_sink: Tensor | None,
-    seed_and_offset: Tensor | None,
+    deterministic: bool,
     softmax_scale: float,
     window_left: int,
     window_right: int,
     top_left: bool,
-    softcap: float,
-    dropout_p: float,
-    deterministic: bool,
-    needs_attn_bias: bool,
-    needs_alibi_slopes: bool,
-    needs_learnable_sink: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def fp32(*shape: int) -> Tensor:
-        return q.new_empty(shape, dtype=torch.float32)
-
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    seed_and_offset: Tensor | None = None,
+    dlse: Tensor | None = None,
+    needs_attn_bias: bool = False,
+    needs_alibi_slopes: bool = False,
+    needs_learnable_sink: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    dbias = fp32(0)
+
+    def per_head(needed: bool) -> Tensor | None:
+        return q.new_empty((batch, q.shape[-2]), dtype=torch.float32) if needed else None
+
+    dbias = None
     if attn_bias is not None and needs_attn_bias:
-        dbias = fp32(*attn_bias.shape)
-        if cu_seqlens_q is None and attn_bias.shape == (batch, q.shape[2], q.shape[1], k.shape[1]):
-            dbias = attn_bias.new_empty(
-                attn_bias.shape
-            )  # every element is written once: nothing to sum in fp32
+        is_full = cu_seqlens_q is None and attn_bias.shape == (batch, q.shape[2], q.shape[1], k.shape[1])
+        # Every element of a full bias is written once: nothing to sum in fp32.
+        dbias = attn_bias.new_empty(attn_bias.shape, dtype=attn_bias.dtype if is_full else torch.float32)
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape),
         v.new_empty(v.shape),
         dbias,
-        fp32(batch, q.shape[-2]) if needs_alibi_slopes else fp32(0),
-        fp32(batch, q.shape[-2]) if needs_learnable_sink else fp32(0),
+        per_head(needs_alibi_slopes),
+        per_head(needs_learnable_sink),
     )

@@ -54,6 +54,15 @@ def make_modifiers(
     return ScoreModifiers(attn_bias, attn_mask, key_padding_mask, alibi_slopes, learnable_sink)
 
 
+def score_tensors(modifiers: ScoreModifiers) -> tuple[str, ...]:
+    """Names of those that change single scores: all but the sink, which is one more logit of a row."""
+    return tuple(
+        name
+        for name, x in zip(modifiers._fields, modifiers, strict=True)
+        if x is not None and name != "learnable_sink"
+    )
+
+
 def is_broadcast(attn_bias: Tensor, q: Tensor, k: Tensor, packed: PackedLayout | None) -> bool:
     """Whether one element of the bias (in its full rank) is added to several scores."""
     batch, seqlen_q, seqlen_k = _extents(q, k, packed)

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from . import library
 from .inputs import NO_MODIFIERS, AttentionInputs, Gradients
-from .options import AttentionOptions
-
-_UNBOUNDED = -1
+from .operator_arguments import lengths, per_head, window
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """``out`` in the layout of q with the head dim of v, in its dtype, and ``lse`` fp32: (B, H, Sq) or (H, Tq)."""
-    q, k, v, options, modifiers, seed_and_offset, packed = inputs
-    if packed is None and seed_and_offset is None and options.softcap == 0.0 and modifiers is NO_MODIFIERS:
-        return library.sm80_forward_dense(q, k, v, options.softmax_scale, *_window(options), options.top_left)
-    return library.sm80_forward(q, k, v, *_layout_and_options(inputs))
+    q, k, v, options, *_ = inputs
+    left, right = window(options)
+    if _is_plain(inputs):
+        return library.sm80_forward_dense(q, k, v, options.softmax_scale, left, right, options.top_left)
+    return library.sm80_forward(
+        q, k, v, options.softmax_scale, left, right, options.top_left, *_optional_arguments(inputs)
+    )
 
 
 def backward(
@@ -36,19 +37,30 @@ def backward(
     needs_learnable_sink: bool,
 ) -> Gradients:
     """Gradients of ``sum(dout * out) + sum(dlse * lse)``, each in the shape and dtype of its tensor in ``inputs``."""
+    q, k, v, options, *_ = inputs
+    left, right = window(options)
+    optional: tuple[Any, ...] = ()
+    if dlse is not None or not _is_plain(inputs):
+        optional = (
+            *_optional_arguments(inputs),
+            None if dlse is None else dlse.contiguous(),
+            needs_attn_bias,
+            needs_alibi_slopes,
+            needs_learnable_sink,
+        )
     dq, dk, dv, dbias, dslopes_BH, dsink_BH = library.sm80_backward(
         dout,
-        inputs.q,
-        inputs.k,
-        inputs.v,
+        q,
+        k,
+        v,
         out,
         lse,
-        None if dlse is None else dlse.contiguous(),
-        *_layout_and_options(inputs),
-        inputs.options.deterministic,
-        needs_attn_bias,
-        needs_alibi_slopes,
-        needs_learnable_sink,
+        options.deterministic,
+        options.softmax_scale,
+        left,
+        right,
+        options.top_left,
+        *optional,
     )
     modifiers = inputs.modifiers
     attn_bias = alibi_slopes = learnable_sink = None
@@ -63,35 +75,24 @@ def backward(
     return Gradients(dq, dk, dv, attn_bias, alibi_slopes, learnable_sink)
 
 
-def _layout_and_options(inputs: AttentionInputs) -> tuple[Any, ...]:
-    """What forward and backward both take after their own tensors, in the order of the schemas."""
-    packed, modifiers, options = inputs.packed, inputs.modifiers, inputs.options
-    layout: tuple[Tensor | None, ...] = (None,) * 5
-    if packed is not None:
-        layout = (
-            packed.cu_seqlens_q.contiguous(),
-            packed.cu_seqlens_k.contiguous(),
-            None if packed.seqused_q is None else packed.seqused_q.contiguous(),
-            None if packed.seqused_k is None else packed.seqused_k.contiguous(),
-            packed.block_table,
-        )
-    slopes, sink = modifiers.alibi_slopes, modifiers.learnable_sink
+def _is_plain(inputs: AttentionInputs) -> bool:
+    """Nothing is given that an operator has a default for: it is then left out of the call, which costs less."""
+    _, _, _, options, modifiers, seed_and_offset, packed = inputs
+    return packed is None and seed_and_offset is None and options.softcap == 0.0 and modifiers is NO_MODIFIERS
+
+
+def _optional_arguments(inputs: AttentionInputs) -> tuple[Any, ...]:
+    """What forward and backward both have defaults for, in the order of the schemas."""
+    _, _, _, options, modifiers, seed_and_offset, packed = inputs
+    layout = (None,) * 5 if packed is None else (*lengths(packed), packed.block_table)
     return (
+        options.softcap,
+        options.dropout_p,
         *layout,
         modifiers.attn_bias,
         modifiers.attn_mask,
         modifiers.key_padding_mask,
-        None if slopes is None else slopes.float().contiguous(),
-        None if sink is None else sink.float().contiguous(),
-        inputs.seed_and_offset,
-        options.softmax_scale,
-        *_window(options),
-        options.top_left,
-        options.softcap,
-        options.dropout_p,
+        per_head(modifiers.alibi_slopes),
+        per_head(modifiers.learnable_sink),
+        seed_and_offset,
     )
-
-
-def _window(options: AttentionOptions) -> tuple[int, int]:
-    left, right = options.window_left, options.window_right
-    return _UNBOUNDED if left is None else left, _UNBOUNDED if right is None else right

@@ -83,7 +83,7 @@ __device__ __forceinline__ void differentiate_modified_scores(
   const ScoreModifier modifier(params, sequence, head);
   float slopes[kRowTiles][kColumnTiles][4];
   modifier.apply(scores, slopes, origin, shared.ds());
-  if (masked) mask_scores(scores, sequence, params.window, origin.row, origin.column);
+  if (masked) mask_scores<true>(scores, sequence, params.window, origin.row, origin.column);
   float lse[kRowTiles][2], delta[kRowTiles][2];
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i) {
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
       differentiate_modified_scores(scores, ds, slope_gradient, params, sequence, visit.head, masked, shared, stage,
                                     origin);
     } else {
-      if (masked) mask_scores(scores, sequence, params.window, origin.row, origin.column);
+      if (masked) mask_scores<true>(scores, sequence, params.window, origin.row, origin.column);
       differentiate_scores(scores, ds, params.softmax_scale_log2, shared, stage, origin.tile_row);
     }
     store_fragments<Element>(shared.p(), scores, score_row, score_column, lane);

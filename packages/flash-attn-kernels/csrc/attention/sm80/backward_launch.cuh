@@ -8,20 +8,20 @@
 namespace flash_attn::sm80 {
 
 template <typename Element, typename Variant>
-void launch_backward(const BackwardParams& params, int shared_bytes, cudaStream_t stream) {
-  with_backward_config<Variant>(params.large_tiles, shared_bytes, [&]<typename Config>(Config) {
+void launch_backward(const BackwardParams& params, const LaunchTarget& target) {
+  with_backward_config<Variant>(params.large_tiles, target.shared_bytes_per_block, [&]<typename Config>(Config) {
     const int64_t heads = params.shape.heads, kv_heads = heads / params.shape.heads_per_kv_head;
     const int64_t query_blocks = params.query_slots * heads;
     const int64_t key_blocks = params.key_slots * kv_heads * params.group_splits;
-    launch<&backward_delta_kernel<Element, Config>>(query_blocks, Config::kThreads, 0, stream, params);
-    launch<&backward_kernel<Element, Config>>(key_blocks, Config::kThreads, Config::kSharedBytes, stream, params);
-    launch<&backward_dq_kernel<Element, Config>>(query_blocks, Config::kThreads, Config::QueryTile::kBytes, stream,
+    launch<&backward_delta_kernel<Element, Config>>(query_blocks, Config::kThreads, 0, target, params);
+    launch<&backward_kernel<Element, Config>>(key_blocks, Config::kThreads, Config::kSharedBytes, target, params);
+    launch<&backward_dq_kernel<Element, Config>>(query_blocks, Config::kThreads, Config::QueryTile::kBytes, target,
                                                  params);
     if (params.dk_partial != nullptr) {
       const int64_t rows = params.keys.rows * (params.keys.cu_seqlens == nullptr ? params.shape.batch : int64_t{1});
       const auto sum = [&](const float* parts, const TensorView& gradient, int head_dim) {
         const int64_t elements = rows * kv_heads * head_dim;
-        launch<&key_gradients_kernel<Element>>((elements + 255) / 256, 256, 0, stream,
+        launch<&key_gradients_kernel<Element>>((elements + 255) / 256, 256, 0, target,
                                                KeyGradientParams{parts, gradient.data, elements, params.group_splits});
       };
       sum(params.dk_partial, params.dk, params.shape.head_dim);

@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
       masked =
           !is_clean(sequence, params.window, work.first_query, Config::kRows, n * Config::kColumns, Config::kColumns);
     }
-    if (masked) mask_scores(scores, sequence, params.window, origin.row, origin.column);
+    if (masked) mask_scores<true>(scores, sequence, params.window, origin.row, origin.column);
     softmax.template update<kMasked>(scores, out, Config::kGeneral ? 1.f : params.softmax_scale_log2);
     if constexpr (Config::kGeneral) {
       if (params.modifiers.seed_and_offset != nullptr) {

@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(32) partial_sum_kernel(const __grid_constant__
   if (threadIdx.x == 0) params.total[index * params.heads + head] = sum;
 }
 
-void launch_partial_sum(const PartialSumParams& params, cudaStream_t stream) {
-  launch<&partial_sum_kernel>(static_cast<int64_t>(params.batch) * params.heads, 32, 0, stream, params);
+void launch_partial_sum(const PartialSumParams& params, const LaunchTarget& target) {
+  launch<&partial_sum_kernel>(static_cast<int64_t>(params.batch) * params.heads, 32, 0, target, params);
 }
 
 }  // namespace flash_attn::sm80

@@ -1,0 +1,60 @@
+"""The sm90 path: the forward by Hopper's kernels (wgmma, TMA), the backward by the sm80 kernels from its results.
+
+Only used after :func:`library.load_error` has returned None, on a device of compute capability 9.x.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import library, sm80
+from .inputs import NO_MODIFIERS, AttentionInputs
+from .operator_arguments import lengths, per_head, window
+
+backward = sm80.backward
+
+
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """``out`` in the layout of q with the head dim of v, in its dtype, and ``lse`` fp32: (B, H, Sq) or (H, Tq).
+
+    Rows that are not 16-byte aligned run on the sm80 kernels: the operator looks at every call's addresses, which
+    are not known while a graph is compiled. :func:`unaligned_rows` says what it will find.
+    """
+    q, k, v, options, modifiers, _, packed = inputs
+    left, right = window(options)
+    if packed is None and modifiers is NO_MODIFIERS:
+        if options.softcap == 0.0:  # what has a default is left out of the call, which costs less
+            return library.sm90_forward(q, k, v, options.softmax_scale, left, right, options.top_left)
+        return library.sm90_forward(
+            q, k, v, options.softmax_scale, left, right, options.top_left, options.softcap
+        )
+    return library.sm90_forward(
+        q,
+        k,
+        v,
+        options.softmax_scale,
+        left,
+        right,
+        options.top_left,
+        options.softcap,
+        per_head(modifiers.learnable_sink),
+        *(() if packed is None else lengths(packed)),
+    )
+
+
+def unaligned_rows(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Says which of the tensors of a call that dispatch gave to this path the operator cannot run here, if any."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not _has_aligned_rows(x):
+            return f"rows of {name} are not 16-byte aligned: address {x.data_ptr():#x}, strides {x.stride()}"
+    return None
+
+
+def _has_aligned_rows(x: Tensor) -> bool:
+    """Dispatch has made sure that the head dim is a multiple of 8 elements."""
+    *strides, last_stride = x.stride()
+    if last_stride != 1:  # the operator makes a contiguous copy
+        return True
+    return x.data_ptr() % 16 == 0 and all(
+        size <= 1 or stride % 8 == 0 for size, stride in zip(x.shape[:-1], strides, strict=True)
+    )
