@@ -3,13 +3,14 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from build_support import decision, library, ninja_file, platform_tag, ptxas, toolchain
+from build_support import bounded_spins, decision, library, ninja_file, platform_tag, ptxas, toolchain
 from build_support.architectures import gencode_flags, requested_architectures
 from build_support.compile_one import keep_inside
 from build_support.errors import BuildError
-from build_support.instantiations import HEAD_DIMS, instantiations
+from build_support.instantiations import DECODE_HEAD_DIMS, HEAD_DIMS, instantiations
 
 PTXAS_OUTPUT = """
 ptxas info    : 28 bytes gmem, 224 bytes cmem[4]
@@ -75,23 +76,26 @@ def test_architecture_lists() -> None:
 
 def test_every_variant_is_instantiated_once() -> None:
     units = dict(instantiations())
-    assert len(units) == len(list(instantiations())) == 2 * 2 * 9 + 2 * 2 * 6
+    assert len(units) == len(list(instantiations())) == 2 * 2 * 9 + 2 * 2 * 6 + 2 * 3
     for head_dim, head_dim_v in HEAD_DIMS:
         for kind, softcap in (("plain", "false"), ("softcap", "true")):
             for name, element in (("bf16", "__nv_bfloat16"), ("fp16", "__half")):
                 assert units[f"sm90_forward_{name}_d{head_dim}_{head_dim_v}_{kind}.cu"] == (
                     '#include "attention/sm90/forward_launch.cuh"\n\nnamespace flash_attn::sm90 {\n'
                     f"template void launch_forward<{element}, HeadDims<{head_dim}, {head_dim_v}>, {softcap}>"
-                    "(const ForwardParams&, int*, int, cudaStream_t);\n}\n"
+                    "(const ForwardParams&, int*, const LaunchTarget&);\n}\n"
                 )
     assert "Variant<192, 128, false>" in units["sm80_backward_fp16_d192_128_plain.cu"]
     assert "Variant<256, 256, true>" in units["sm80_forward_bf16_d256_256_general.cu"]
+    assert "launch_decode<__half, 256>" in units["decode_fp16_d256.cu"]
 
 
 def test_instantiations_are_those_that_the_headers_choose_from() -> None:
     csrc = Path(__file__).parents[2] / "packages" / "flash-attn-kernels" / "csrc" / "attention"
     found = re.findall(r"return function\(HeadDims<(\d+), (\d+)>", (csrc / "head_dims.h").read_text())
     assert tuple((int(head_dim), int(head_dim_v)) for head_dim, head_dim_v in found) == HEAD_DIMS
+    found = re.findall(r"struct DecodeConfigs<(\d+)>", (csrc / "decode" / "config.h").read_text())
+    assert tuple(int(head_dim) for head_dim in found) == DECODE_HEAD_DIMS
 
 
 @pytest.mark.parametrize("wrong", ["75", "sm_80", "80,90", "80;", "native"])
@@ -136,6 +140,34 @@ def test_old_compilers_are_passed_over(tmp_path: Path, monkeypatch: pytest.Monke
     assert toolchain.find_nvcc() == new
 
 
+def test_cuobjdump_is_looked_for_where_nvcc_is_and_among_tritons_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake_tool(name: str) -> Path:
+        tool = tmp_path / name / "bin" / "cuobjdump"
+        tool.parent.mkdir(parents=True)
+        tool.write_text("#!/bin/sh\n")
+        tool.chmod(0o755)
+        return tool
+
+    home, beside, on_path = fake_tool("home"), fake_tool("nvcc"), fake_tool("path")
+    monkeypatch.setattr(toolchain, "find_nvcc", lambda: beside.with_name("nvcc"))
+    monkeypatch.setattr(toolchain, "_cuda_home", lambda nvcc: nvcc.parents[1])
+    monkeypatch.setenv("CUDA_HOME", str(home.parents[1]))
+    monkeypatch.setenv("PATH", str(on_path.parent))
+    for found in (home, beside, on_path):
+        assert toolchain.find_cuobjdump() == found
+        found.unlink()
+    triton = tmp_path / "triton" / "backends" / "nvidia"
+    fake_tool("triton/backends/nvidia")
+    monkeypatch.setattr(
+        toolchain.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=f"{tmp_path}/{name}/x.py")
+    )
+    assert toolchain.find_cuobjdump() == triton / "bin" / "cuobjdump"
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    assert toolchain.find_cuobjdump() is None
+
+
 def test_manylinux_minor_covers_glibc_and_the_compiler_runtime() -> None:
     assert platform_tag.manylinux_minor(["GLIBC_2.2.5", "GLIBC_2.14"]) == 17
     assert platform_tag.manylinux_minor(["GLIBC_2.34", "GLIBCXX_3.4.11"]) == 34
@@ -164,6 +196,55 @@ def test_generated_sources_change_only_when_their_text_does(tmp_path: Path) -> N
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "generated").iterdir()}
     assert set(after) == {"a.cu", "c.cu"}
     assert after["a.cu"] == times["a.cu"]
+
+
+def write_ninja_file(folder: Path, *, bounded_spins: bool) -> dict[str, str]:
+    """The flags of each of three units, by its source."""
+    sources = ["generated/sm90_forward.cu", "generated/sm80_forward.cu", "../csrc/api/attention_sm90.cu"]
+    units = [ninja_file.TranslationUnit(Path(source), Path(source).with_suffix(".o")) for source in sources]
+    architectures = requested_architectures("80")
+    ninja_file.write_ninja_file(folder, folder, units, architectures, "stamp", bounded_spins=bounded_spins)
+    text = (folder / "build.ninja").read_text()
+    assert "nvcc $flags $unit_flags -c $in" in text
+    return dict(re.findall(r"^build \S+: compile (\S+)\n  unit_flags = (.*)$", text, re.MULTILINE))
+
+
+def test_bounded_spins_change_the_command_of_the_hopper_kernels(tmp_path: Path) -> None:
+    without = write_ninja_file(tmp_path, bounded_spins=False)
+    bounded = write_ninja_file(tmp_path, bounded_spins=True)
+    assert len(without) == 3 and not any("BOUNDED_SPINS" in flags for flags in without.values())
+    changed = {source: flags for source, flags in bounded.items() if flags != without[source]}
+    hopper = "generated/sm90_forward.cu"
+    assert changed == {hopper: without[hopper] + " -DFLASH_ATTN_BOUNDED_SPINS"}
+    header = Path(ninja_file.__file__).parents[1] / "csrc" / "ptx" / "spin_limit.cuh"
+    assert "#ifdef FLASH_ATTN_BOUNDED_SPINS\n" in header.read_text()
+
+
+@pytest.mark.parametrize(("value", "requested"), [("", False), ("0", False), ("1", True)])
+def test_bounded_spins_are_asked_for_by_name(
+    monkeypatch: pytest.MonkeyPatch, value: str, requested: bool
+) -> None:
+    monkeypatch.setenv(bounded_spins.VARIABLE, value)
+    assert bounded_spins.bounded_spins_requested() is requested
+
+
+def test_wrong_values_of_bounded_spins_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(bounded_spins.VARIABLE, "yes")
+    with pytest.raises(BuildError, match="FLASH_ATTN_KERNELS_BOUNDED_SPINS: got 'yes', expected 0 or 1"):
+        bounded_spins.bounded_spins_requested()
+
+
+def test_spills_are_fatal_unless_spins_are_bounded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(BuildError, match="register spills"):
+        library._check_kernels(tmp_path, [PTXAS_OUTPUT], spills_are_fatal=True)
+    kernels = library._check_kernels(tmp_path, [PTXAS_OUTPUT], spills_are_fatal=False)
+    assert len(kernels) == 2
+    assert "8 bytes stored, 4 loaded" in capsys.readouterr().err
+    serialised = PTXAS_OUTPUT + "ptxas info    : (C7510) Potential Performance Loss: wgmma is serialized"
+    with pytest.raises(BuildError, match="C7510"):
+        library._check_kernels(tmp_path, [serialised], spills_are_fatal=False)
 
 
 def test_dependency_files_keep_what_is_inside(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attend = Callable[..., Tensor]  # takes the leaves of a case, gives the output
 OURS = "ours"
+# Column of a result -> the column that holds its share of a ceiling of the run, and the ceiling.
+SHARES = {"tflops": ("share_of_gemm", "gemm_tflops"), "gbps": ("share_of_copy", "copy_gbps")}
 
 
 def sdpa(backend: SDPBackend, **options: Any) -> Attend:
@@ -209,9 +211,10 @@ def run(
     rows: list[dict[str, Any]] = []
     for measured in cases(arguments):
         for row in measured:
-            if "tflops" in row:
-                share = row["tflops"] and round(row["tflops"] / ceilings["gemm_tflops"], 3)
-                row = {**row, "share_of_gemm": share}
+            for figure, (share, ceiling) in SHARES.items():
+                if figure in row:
+                    value = row[figure] and round(row[figure] / ceilings[ceiling], 3)
+                    row = {**row, share: value}
             rows.append(row)
             print("  ".join(str(value) for value in row.values()), flush=True)
     write_result(arguments.json, benchmark, rows, ceilings)

@@ -9,5 +9,7 @@
 - ptxas: registers, shared memory and spills of every kernel; what fails the build
 - report: what a build cost and made
 - library: all of the above in order
+- bounded_spins: FLASH_ATTN_KERNELS_BOUNDED_SPINS, a build in which no wait is endless
+- machine_code, warpgroup_code: for tests, what the machine code of the Hopper kernels looks like
 - platform_tag: the wheel's platform tag, from the symbol versions that the library needs
 """

@@ -48,9 +48,13 @@ def requested_architectures(text: str | None = None) -> list[Architecture]:
     return architectures
 
 
+def is_hopper_only(source: Path) -> bool:
+    return "sm90" in source.parent.parts or source.name.startswith("sm90_")
+
+
 def gencode_flags(source: Path, architectures: list[Architecture]) -> list[str]:
     """nvcc's -gencode flags for one translation unit."""
-    if "sm90" in source.parent.parts or source.name.startswith("sm90_"):
+    if is_hopper_only(source):
         return ["-gencode", "arch=compute_90a,code=sm_90a"]
     flags = []
     for architecture in architectures:

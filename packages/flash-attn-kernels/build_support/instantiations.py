@@ -7,6 +7,7 @@ from collections.abc import Iterator
 ELEMENTS = {"bf16": "__nv_bfloat16", "fp16": "__half"}
 # (head dim of q and k, of v): those of csrc/attention/head_dims.h.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+DECODE_HEAD_DIMS = (64, 128, 256)  # those of csrc/attention/decode/config.h
 # Plus whether it is general: the variants of csrc/attention/sm80/head_dims.h.
 SM80_VARIANTS = (
     *((*head_dims, False) for head_dims in HEAD_DIMS),
@@ -24,6 +25,7 @@ def instantiations() -> Iterator[tuple[str, str]]:
     """(file name, source text) of every generated translation unit, those that take longest first."""
     yield from _sm80_units()
     yield from _sm90_units()
+    yield from _decode_units()
 
 
 def _sm80_units() -> Iterator[tuple[str, str]]:
@@ -51,6 +53,20 @@ def _sm90_units() -> Iterator[tuple[str, str]]:
                         "(const ForwardParams&, int*, const LaunchTarget&);",
                     ),
                 )
+
+
+def _decode_units() -> Iterator[tuple[str, str]]:
+    for head_dim in reversed(DECODE_HEAD_DIMS):
+        for name, element in ELEMENTS.items():
+            yield (
+                f"decode_{name}_d{head_dim}.cu",
+                _unit(
+                    "decode",
+                    "decode",
+                    f"template void launch_decode<{element}, {head_dim}>"
+                    "(const DecodeParams&, int64_t, const LaunchTarget&);",
+                ),
+            )
 
 
 def _unit(path: str, direction: str, instantiation: str) -> str:

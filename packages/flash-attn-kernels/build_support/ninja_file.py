@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_support.architectures import Architecture, gencode_flags
+from build_support.architectures import Architecture, gencode_flags, is_hopper_only
+from build_support.bounded_spins import FLAG as BOUNDED_SPINS_FLAG
 from build_support.toolchain import Toolchain
 
 LIBRARY = "libflash_attn_kernels.so"
@@ -96,12 +97,20 @@ def link_toolchain(build_dir: Path, toolchain: Toolchain) -> None:
         link.symlink_to(target)
 
 
+def unit_flags(source: Path, architectures: list[Architecture], *, bounded_spins: bool) -> list[str]:
+    """The flags that not all translation units share. Only Hopper's kernels have waits that can be endless."""
+    bounded = [BOUNDED_SPINS_FLAG] if bounded_spins and is_hopper_only(source) else []
+    return [*gencode_flags(source, architectures), *bounded]
+
+
 def write_ninja_file(
     root: Path,
     build_dir: Path,
     units: list[TranslationUnit],
     architectures: list[Architecture],
     stamp: str,
+    *,
+    bounded_spins: bool = False,
 ) -> None:
     """Writes build.ninja; unchanged text leaves the file alone."""
     csrc = os.path.relpath(root / "csrc", build_dir)
@@ -115,7 +124,7 @@ def write_ninja_file(
         f"flags = {' '.join(COMPILE_FLAGS)} {includes}",
         "rule compile",
         f"  command = toolchain/python {support}/compile_one.py --object $out --inside {csrc} "
-        '--inside generated --stamp "$stamp" -- toolchain/cuda/bin/nvcc $flags $gencode -c $in',
+        '--inside generated --stamp "$stamp" -- toolchain/cuda/bin/nvcc $flags $unit_flags -c $in',
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = nvcc $in",
@@ -125,10 +134,8 @@ def write_ninja_file(
         f"cxx = {os.environ.get('NVCC_CCBIN') or 'g++'}",
     ]
     for unit in units:
-        lines += [
-            f"build {unit.object}: compile {unit.source}",
-            f"  gencode = {' '.join(gencode_flags(unit.source, architectures))}",
-        ]
+        flags = unit_flags(unit.source, architectures, bounded_spins=bounded_spins)
+        lines += [f"build {unit.object}: compile {unit.source}", f"  unit_flags = {' '.join(flags)}"]
     lines += [
         f"build {LIBRARY}: link {' '.join(str(unit.object) for unit in units)}",
         f"default {LIBRARY}",

@@ -83,6 +83,19 @@ def find_nvcc() -> Path | None:
     return None
 
 
+def find_cuobjdump() -> Path | None:
+    """Which tests read machine code with: $CUDA_HOME, beside nvcc, PATH, then the one that Triton brings."""
+    nvcc = find_nvcc()
+    folders = [Path(os.environ["CUDA_HOME"], "bin")] if os.environ.get("CUDA_HOME") else []
+    folders += [nvcc.parent, _cuda_home(nvcc) / "bin"] if nvcc else []
+    folders += [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    candidates = (folder / "cuobjdump" for folder in folders)
+    return next((path for path in candidates if os.access(path, os.X_OK)), None)
+
+
 def nvcc_version(nvcc: Path) -> tuple[int, ...] | None:
     """(major, minor, patch), or None where `nvcc` does not run."""
     try:

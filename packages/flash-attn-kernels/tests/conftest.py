@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,36 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         return
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the sm80 kernels are this GPU's fastest")
-    monkeypatch.delitem(dispatch._WHY_NOT, "sm90")
-    call._cached_plan.cache_clear()
+    # Replaced, not changed: an item that is deleted and restored comes last, and the order is that of preference.
+    others = {path: why_not for path, why_not in dispatch._WHY_NOT.items() if path != "sm90"}
+    monkeypatch.setattr(dispatch, "_WHY_NOT", others)
+    _forget_plans()
     yield request.param
+    _forget_plans()
+
+
+def _forget_plans() -> None:
     call._cached_plan.cache_clear()
+    call._plans_of_plain_calls.clear()
+
+
+@pytest.fixture
+def no_plans_yet() -> Iterator[None]:
+    """As if there had been no calls, and leaving none behind."""
+    _forget_plans()
+    yield
+    _forget_plans()
+
+
+class _Forgetful(dict[Any, Any]):
+    """Keeps nothing."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def no_plans_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call asks dispatch anew."""
+    monkeypatch.setattr(call, "_cached_plan", call._plan)
+    monkeypatch.setattr(call, "_plans_of_plain_calls", _Forgetful())

@@ -12,6 +12,7 @@ import torch
 from flash_attn_kernels import Explanation, call, explain, flash_attn_func, flash_attn_varlen_func, sm90
 from flash_attn_kernels.dispatch import AttentionProblem, choose_path
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 HOT = AttentionProblem(
     device_type="cuda",
@@ -157,7 +158,7 @@ def test_paths_passed_over_for_the_same_reasons_are_named_together() -> None:
 
 
 @pytest.fixture
-def problems(monkeypatch: pytest.MonkeyPatch) -> list[AttentionProblem]:
+def problems(monkeypatch: pytest.MonkeyPatch, no_plans_kept: None) -> list[AttentionProblem]:
     """The problems that dispatch is asked about from here on."""
     asked: list[AttentionProblem] = []
 
@@ -166,7 +167,6 @@ def problems(monkeypatch: pytest.MonkeyPatch) -> list[AttentionProblem]:
         return choose_path(problem)
 
     monkeypatch.setattr(call, "choose_path", record)
-    monkeypatch.setattr(call, "_cached_plan", call._plan)
     return asked
 
 
@@ -257,14 +257,70 @@ def test_explain_takes_what_the_functions_take() -> None:
         explain(Q[0], K[0], V[0], cu_seqlens_q=CU)
 
 
+# Plans of plain calls are kept
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, no_plans_yet: None) -> list[AttentionProblem]:
+    """The problems that dispatch is asked about, without plans from earlier calls."""
+    problems: list[AttentionProblem] = []
+    monkeypatch.setattr(call, "choose_path", lambda problem: problems.append(problem) or choose_path(problem))
+    return problems
+
+
+def test_dispatch_is_asked_once_for_calls_that_agree(asked: list[AttentionProblem]) -> None:
+    for _ in range(3):
+        explain(Q, K, V, causal=True)
+        explain(Q.clone(), K.clone(), V.clone(), causal=True, window_size=[-1, -1])
+    assert len(asked) == 1
+    explain(Q, K, V, causal=True, softmax_scale=0.5)
+    explain(Q.clone().requires_grad_(), K, V, causal=True)
+    explain(Q.bfloat16(), K.bfloat16(), V.bfloat16(), causal=True)
+    assert len(asked) == 4
+
+
+def test_a_kept_plan_lets_no_wrong_call_through(asked: list[AttentionProblem]) -> None:
+    explain(Q, K, V)
+    meta = torch.device("meta")
+    for wrong in (
+        (Q, K, V[:, :4]),
+        (Q, K.float(), V),
+        (Q, K, V.float()),
+        (Q, K.to(meta), V),
+        (Q, K, V.to(meta)),
+        (Q[:1], K, V),
+        (Q, K, V.numpy()),
+    ):
+        with pytest.raises(ValueError, match="Fix: "):
+            explain(*wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dropout_p"):
+        explain(Q, K, V, dropout_p=1.0)
+
+
+def test_a_limited_number_of_plans_is_kept(asked: list[AttentionProblem]) -> None:
+    for length in range(1, call._PLANS_KEPT + 10):
+        x = torch.zeros(1, length, 1, 8, dtype=torch.float16)
+        explain(x, x, x)
+    assert 0 < len(call._plans_of_plain_calls) <= call._PLANS_KEPT
+    assert len(asked) == 1  # lengths do not matter to it
+
+
+def test_symbolic_lengths_have_plans_that_are_not_kept(asked: list[AttentionProblem]) -> None:
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        x = mode.from_tensor(
+            Q, symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * 3])
+        )
+        assert explain(x, x, x).path == "portable"
+    assert not call._plans_of_plain_calls
+
+
 # Alignment, which is asked of the tensors themselves
 
 
 @pytest.fixture
-def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_hopper(monkeypatch: pytest.MonkeyPatch, no_plans_kept: None) -> None:
     """Dispatch takes everything for the hot case."""
     monkeypatch.setattr(call, "choose_path", lambda problem: choose_path(HOT))
-    monkeypatch.setattr(call, "_cached_plan", call._plan)
 
 
 X = torch.zeros(2, 5, 4, 8, dtype=torch.float16)
@@ -314,7 +370,7 @@ def test_fake_tensors_count_as_aligned(on_hopper: None) -> None:
 def test_a_call_does_not_ask_for_alignment(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves that to the operator."""
     monkeypatch.setattr(sm90, "unaligned_rows", None)
-    monkeypatch.setattr(sm90.library, "sm90_forward", lambda q, k, v, *options: (q, k))
+    monkeypatch.setattr(sm90.library, "sm90_forward_dense", lambda q, k, v, *options: (q, k))
     assert flash_attn_func(X, X, X) is X
 
 
@@ -329,23 +385,24 @@ def test_strict_raises_the_reasons() -> None:
 def test_a_slow_path_on_a_gpu_warns_once_for_each_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call, "_warned_reasons", set())
     with pytest.warns(UserWarning, match=r"portable path.*because: a; b\. explain\(\)"):
-        call._object_to_the_portable_path(("a", "b"), "cuda", False)
+        call.object_to_the_portable_path(("a", "b"), "cuda", False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        call._object_to_the_portable_path(("a", "b"), "cuda", False)
-        call._object_to_the_portable_path(("c",), "cpu", False)
+        call.object_to_the_portable_path(("a", "b"), "cuda", False)
+        call.object_to_the_portable_path(("c",), "cpu", False)
         flash_attn_func(Q, K, V)
     with pytest.warns(UserWarning, match="because: c"):
-        call._object_to_the_portable_path(("c",), "cuda", False)
+        call.object_to_the_portable_path(("c",), "cuda", False)
 
 
 @pytest.mark.parametrize("path", ["sm80", "sm90"])
-def test_passing_over_sm90_neither_warns_nor_raises(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for operator in ("sm80_forward_dense", "sm90_forward"):
+def test_passing_over_sm90_neither_warns_nor_raises(
+    path: str, monkeypatch: pytest.MonkeyPatch, no_plans_kept: None
+) -> None:
+    for operator in ("sm80_forward_dense", "sm90_forward_dense"):
         monkeypatch.setattr(call.library, operator, lambda q, k, v, *options: (q, k))
     problem = HOT if path == "sm90" else AMPERE
     monkeypatch.setattr(call, "choose_path", lambda _: choose_path(problem))
-    monkeypatch.setattr(call, "_cached_plan", call._plan)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert flash_attn_func(X, X, X, strict=True) is X

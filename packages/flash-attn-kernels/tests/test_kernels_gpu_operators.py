@@ -50,6 +50,14 @@ def modifier_arguments() -> dict[str, Any]:
 OPTIONS = (0.125, 40, 0, True)  # scale, window, top left
 
 
+def check_dense_operator(dense: Any, general: Any, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """It passes torch's checks, and gives the bits of the general one."""
+    for causal in (False, True):
+        torch.library.opcheck(dense, (q, k, v, 0.125, causal))
+        expected = general(q, k, v, 0.125, -1, 0 if causal else -1, False)
+        assert all(map(torch.equal, dense(q, k, v, 0.125, causal), expected))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("modified", [False, True])
 def test_operators_pass_torch_checks(packed: bool, modified: bool) -> None:
@@ -61,8 +69,7 @@ def test_operators_pass_torch_checks(packed: bool, modified: bool) -> None:
     torch.library.opcheck(library.sm80_forward, (q, k, v, *OPTIONS), optional)
     out, lse = library.sm80_forward(q, k, v, *OPTIONS, **optional)
     if not packed and not modified:
-        torch.library.opcheck(library.sm80_forward_dense, (q, k, v, *OPTIONS))
-        assert all(map(torch.equal, library.sm80_forward_dense(q, k, v, *OPTIONS), (out, lse)))
+        check_dense_operator(library.sm80_forward_dense, library.sm80_forward, q, k, v)
     needed = {f"needs_{name}": modified for name in ("attn_bias", "alibi_slopes", "learnable_sink")}
     for dlse in (None, torch.randn_like(lse)):
         arguments = (torch.randn_like(out), q, k, v, out, lse, True, *OPTIONS)
@@ -78,6 +85,8 @@ def test_sm90_operator_passes_torch_checks(packed: bool) -> None:
         with pytest.raises(RuntimeError, match=r"compute capability .* run on 9.x alone; sm80_forward"):
             library.sm90_forward(q, k, v, *OPTIONS)
         return
+    if not packed:
+        check_dense_operator(library.sm90_forward_dense, library.sm90_forward, q, k, v)
     torch.library.opcheck(library.sm90_forward, (q, k, v, *OPTIONS), packed_tensors() if packed else {})
     modified = {"softcap": 5.0, "learnable_sink": torch.randn(H, device="cuda")}
     torch.library.opcheck(

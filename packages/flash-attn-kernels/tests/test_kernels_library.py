@@ -16,9 +16,16 @@ needs_library = pytest.mark.skipif(
 OPTIONS = (0.125, -1, 0, False)  # scale, window, top left
 FAKES = {
     "sm80_forward": library._fake_sm80_forward,
-    "sm80_forward_dense": library._fake_sm80_forward_dense,
+    "sm80_forward_dense": library._fake_forward_dense,
     "sm80_backward": library._fake_sm80_backward,
     "sm90_forward": library._fake_sm90_forward,
+    "sm90_forward_dense": library._fake_forward_dense,
+}
+FORWARDS = {
+    "sm80_forward": OPTIONS,
+    "sm80_forward_dense": (0.125, True),
+    "sm90_forward": OPTIONS,
+    "sm90_forward_dense": (0.125, True),
 }
 
 
@@ -37,8 +44,8 @@ def test_shapes_without_a_gpu(device: str) -> None:
         q = torch.empty(2, 5, 6, 64, dtype=torch.bfloat16, device=device)
         k = torch.empty(2, 7, 3, 64, dtype=torch.bfloat16, device=device)
         v = torch.empty(2, 7, 3, 32, dtype=torch.bfloat16, device=device)
-        for forward in (library.sm80_forward, library.sm80_forward_dense, library.sm90_forward):
-            out, lse = forward(q, k, v, *OPTIONS)
+        for name, options in FORWARDS.items():
+            out, lse = getattr(library, name)(q, k, v, *options)
             assert out.shape == (2, 5, 6, 32) and out.dtype == q.dtype
             assert lse.shape == (2, 6, 5) and lse.dtype == torch.float32
         gradients = library.sm80_backward(out, q, k, v, out, lse, False, *OPTIONS)
@@ -65,9 +72,9 @@ def test_schemas_and_fakes_agree() -> None:
 def test_cpu_tensors_are_refused_by_the_operator() -> None:
     assert library.load_error() is None
     q = torch.zeros(1, 4, 2, 64, dtype=torch.bfloat16)
-    for forward in (library.sm80_forward, library.sm80_forward_dense, library.sm90_forward):
+    for name, options in FORWARDS.items():
         with pytest.raises(NotImplementedError):
-            forward(q, q, q, *OPTIONS)
+            getattr(library, name)(q, q, q, *options)
 
 
 # The fakes themselves need no library.

@@ -33,7 +33,9 @@ _TENSORS = (
 )
 _OPTIONAL = ", ".join(("float softcap=0., float dropout_p=0.", *(f"Tensor? {x}=None" for x in _TENSORS)))
 FORWARD = f"forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}, {_OPTIONAL}) -> (Tensor, Tensor)"
-FORWARD_DENSE = f"forward_dense(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)"
+FORWARD_DENSE = (
+    "forward_dense(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal) -> (Tensor, Tensor)"
+)
 BACKWARD = (
     "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool deterministic,"
     f" {_OPTIONS}, {_OPTIONAL}, Tensor? dlse=None, bool needs_attn_bias=False, bool needs_alibi_slopes=False,"
@@ -81,8 +83,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
     return out, lse.float()
 
 
-def forward_dense(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return forward(q, k, v, *options)
+def forward_dense(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    return forward(q, k, v, softmax_scale, -1, 0 if causal else -1, False)
 
 
 def forward_sm90(
@@ -174,7 +178,7 @@ def operators() -> Iterator[Any]:
 
 STAND_INS = (
     (FORWARD, forward, library._fake_sm80_forward),
-    (FORWARD_DENSE, forward_dense, library._fake_sm80_forward_dense),
+    (FORWARD_DENSE, forward_dense, library._fake_forward_dense),
     (BACKWARD, backward, library._fake_sm80_backward),
     (FORWARD_SM90, forward_sm90, library._fake_sm90_forward),
 )
@@ -185,12 +189,12 @@ def run_on(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch, operators: Any) -> None:
+def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch, operators: Any, no_plans_kept: None) -> None:
     monkeypatch.setattr(library, "sm80_forward", operators.forward.default)
     monkeypatch.setattr(library, "sm80_forward_dense", operators.forward_dense.default)
     monkeypatch.setattr(library, "sm80_backward", operators.backward.default)
     monkeypatch.setattr(library, "sm90_forward", operators.forward_sm90.default)
-    monkeypatch.setattr(call, "_cached_plan", call._plan)
+    monkeypatch.setattr(library, "sm90_forward_dense", operators.forward_dense.default)
     run_on("sm80", monkeypatch)
 
 
@@ -421,11 +425,11 @@ def test_a_plain_call_passes_few_arguments(path: str, monkeypatch: pytest.Monkey
 
         monkeypatch.setattr(library, name, counting)
 
-    for name in ("sm80_forward_dense", "sm80_backward", "sm90_forward"):
+    for name in ("sm80_forward_dense", "sm80_backward", "sm90_forward_dense"):
         count_arguments_of(name)
     run_on(path, monkeypatch)
     flash_attn_func(**leaves(), causal=True).sum().backward()
-    assert calls == {"sm80_forward_dense" if path == "sm80" else "sm90_forward": 7, "sm80_backward": 11}
+    assert calls == {f"{path}_forward_dense": 5, "sm80_backward": 11}
 
 
 # The operators' schemas and fakes
@@ -434,8 +438,9 @@ def test_a_plain_call_passes_few_arguments(path: str, monkeypatch: pytest.Monkey
 def test_fakes_describe_what_the_operators_return(operators: Any) -> None:
     dense = [x.detach() for x in leaves().values()]
     options = (0.5, -1, 0, False)
-    for operator in (operators.forward, operators.forward_dense, operators.forward_sm90):
+    for operator in (operators.forward, operators.forward_sm90):
         torch.library.opcheck(operator.default, (*dense, *options))
+    torch.library.opcheck(operators.forward_dense.default, (*dense, 0.5, True))
     out, lse = operators.forward(*dense, *options)
     modifiers = {"attn_bias": torch.randn(1, 4, 9, 11), "alibi_slopes": torch.rand(1, 4)}
     modifiers["learnable_sink"] = torch.rand(4)

@@ -3,6 +3,7 @@
 // Users meet the checks of the Python functions; the ones here only keep a direct caller from a bad launch.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <utility>
 
 #include "../attention/head_dims.h"
 #include "../attention/params.h"
@@ -32,12 +34,37 @@ struct AttentionArguments {
   std::optional<Tensor> attn_bias{}, attn_mask{}, key_padding_mask{}, alibi_slopes{}, learnable_sink{};
   std::optional<Tensor> seed_and_offset{};
 
+  // Of the operators for dense calls, see library.cu.
+  static AttentionArguments dense(double softmax_scale, bool causal) {
+    return {.softmax_scale = softmax_scale, .window_left = -1, .window_right = causal ? 0 : -1, .top_left = false};
+  }
+
   bool packed() const { return cu_seqlens_q.has_value(); }
   bool paged() const { return block_table.has_value(); }
 };
 
+// A tensor whose layout and address are read once. Each question to torch is a call into another library, and for every
+// tensor whose rows the kernels move there are some twenty.
+class Operand : public Tensor {
+ public:
+  explicit Operand(Tensor tensor) : Tensor(std::move(tensor)), data_(Tensor::data_ptr()), dim_(Tensor::dim()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(get(), &sizes_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(get(), &strides_));
+  }
+  void* data_ptr() const { return data_; }
+  int64_t dim() const { return dim_; }
+  int64_t size(int64_t d) const { return sizes_[d]; }
+  int64_t stride(int64_t d) const { return strides_[d]; }
+
+ private:
+  void* data_;
+  int64_t dim_;
+  int64_t *sizes_ = nullptr, *strides_ = nullptr;
+};
+
 // The kernels take any strides but that of the last dimension.
-inline Tensor with_dense_rows(const char* name, const Tensor& x, int64_t dim, const Tensor& q) {
+inline Operand with_dense_rows(const char* name, const Tensor& given, int64_t dim, const Tensor& q) {
+  Operand x(given);
   STD_TORCH_CHECK(x.dim() == dim, name, ": got ", x.dim(), " dimensions, expected ", dim);
   STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index(), name, ": must be on the device of q");
   STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), name, ": must have the dtype of q");
@@ -45,10 +72,10 @@ inline Tensor with_dense_rows(const char* name, const Tensor& x, int64_t dim, co
   if (x.stride(dim - 1) == 1 || x.size(dim - 1) == 1) return x;
   Tensor copy = new_contiguous(x);
   torch::stable::copy_(copy, x);
-  return copy;
+  return Operand(std::move(copy));
 }
 
-inline bool has_aligned_rows(const Tensor& x) {
+inline bool has_aligned_rows(const Operand& x) {
   const int64_t last = x.dim() - 1;
   if (reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 != 0 || x.size(last) % 8 != 0) return false;
   for (int64_t d = 0; d < last; ++d) {
@@ -58,13 +85,13 @@ inline bool has_aligned_rows(const Tensor& x) {
 }
 
 // (batch, row, head, dim), or packed (row, head, dim).
-inline TensorView view_of(const Tensor& x) {
+inline TensorView view_of(const Operand& x) {
   const int64_t row = x.dim() - 3;
   return {x.data_ptr(), row == 0 ? 0 : x.stride(0), x.stride(row), x.stride(row + 1)};
 }
 
 // Pages (page, row, head, dim): the page table finds the page.
-inline TensorView page_view_of(const Tensor& x) { return {x.data_ptr(), 0, x.stride(1), x.stride(2)}; }
+inline TensorView page_view_of(const Operand& x) { return {x.data_ptr(), 0, x.stride(1), x.stride(2)}; }
 
 inline const int* index_data(const char* name, const std::optional<Tensor>& x, int64_t size) {
   if (!x.has_value()) return nullptr;
@@ -97,8 +124,8 @@ inline bool has_aligned_chunks(const ScoreTensor& x) {
          x.row_stride % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
-inline ModifierParams modifier_params(const AttentionArguments& arguments, const ProblemShape& shape, const Tensor& k,
-                                      const Tensor& v) {
+inline ModifierParams modifier_params(const AttentionArguments& arguments, const ProblemShape& shape, const Operand& k,
+                                      const Operand& v) {
   ModifierParams params{};
   params.softcap = static_cast<float>(arguments.softcap);
   params.keep_scale = 1.f;
@@ -163,9 +190,9 @@ inline bool needs_general(const ModifierParams& params, float softmax_scale) {
 }
 
 // `moved` are all tensors whose rows the kernels copy, q first.
-inline AttentionParams attention_params(const AttentionArguments& arguments, const Tensor& q, const Tensor& k,
-                                        const Tensor& v, const Tensor& out,
-                                        std::initializer_list<const Tensor*> moved) {
+inline AttentionParams attention_params(const AttentionArguments& arguments, const Operand& q, const Operand& k,
+                                        const Operand& v, const Operand& out,
+                                        std::initializer_list<const Operand*> moved) {
   const int64_t rows = arguments.packed() ? 0 : 1;
   STD_TORCH_CHECK(arguments.packed() == arguments.cu_seqlens_k.has_value(), "cu_seqlens: must be given for q and k");
   STD_TORCH_CHECK(!arguments.paged() || arguments.packed(), "block_table: needs cu_seqlens");
@@ -213,7 +240,7 @@ inline AttentionParams attention_params(const AttentionArguments& arguments, con
   }
   params.modifiers = modifier_params(arguments, params.shape, k, v);
   params.modifiers.aligned_rows = true;
-  for (const Tensor* x : moved) params.modifiers.aligned_rows &= has_aligned_rows(*x);
+  for (const Operand* x : moved) params.modifiers.aligned_rows &= has_aligned_rows(*x);
   return params;
 }
 

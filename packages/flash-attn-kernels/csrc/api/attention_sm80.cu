@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "../attention/params.h"
 #include "../attention/sequence.cuh"
@@ -76,28 +77,29 @@ void run_sm80_forward(const ForwardCall& call) {
 
 std::tuple<Tensor, Tensor> sm80_forward(Tensor q, Tensor k, Tensor v, FLASH_ATTN_PARAMETERS) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const ForwardCall call = forward_call({FLASH_ATTN_ARGUMENTS}, q, k, v);
+  ForwardCall call = forward_call({FLASH_ATTN_ARGUMENTS}, q, k, v);
   run_sm80_forward(call);
-  return {call.out, call.lse};
+  return {std::move(call.out), std::move(call.lse)};
 }
 
-std::tuple<Tensor, Tensor> sm80_forward_dense(Tensor q, Tensor k, Tensor v, double softmax_scale, int64_t window_left,
-                                              int64_t window_right, bool top_left) {
+std::tuple<Tensor, Tensor> sm80_forward_dense(Tensor q, Tensor k, Tensor v, double softmax_scale, bool causal) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const ForwardCall call = forward_call({softmax_scale, window_left, window_right, top_left}, q, k, v);
+  ForwardCall call = forward_call(AttentionArguments::dense(softmax_scale, causal), q, k, v);
   run_sm80_forward(call);
-  return {call.out, call.lse};
+  return {std::move(call.out), std::move(call.lse)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> sm80_backward(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool deterministic, FLASH_ATTN_PARAMETERS,
-    std::optional<Tensor> dlse, bool needs_attn_bias, bool needs_alibi_slopes, bool needs_learnable_sink) {
+    Tensor dout_given, Tensor q_given, Tensor k_given, Tensor v_given, Tensor out_given, Tensor lse, bool deterministic,
+    FLASH_ATTN_PARAMETERS, std::optional<Tensor> dlse, bool needs_attn_bias, bool needs_alibi_slopes,
+    bool needs_learnable_sink) {
   const AttentionArguments arguments{FLASH_ATTN_ARGUMENTS};
   STD_TORCH_CHECK(!arguments.paged(), "block_table: paged keys have no backward");
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(q_given.get_device_index());
   const int64_t dim = arguments.packed() ? 3 : 4;
-  q = with_dense_rows("q", q, dim, q), k = with_dense_rows("k", k, dim, q), v = with_dense_rows("v", v, dim, q);
-  out = with_dense_rows("out", out, dim, q), dout = with_dense_rows("dout", dout, dim, q);
+  const Operand q = with_dense_rows("q", q_given, dim, q_given);
+  const Operand k = with_dense_rows("k", k_given, dim, q), v = with_dense_rows("v", v_given, dim, q);
+  const Operand out = with_dense_rows("out", out_given, dim, q), dout = with_dense_rows("dout", dout_given, dim, q);
   const auto check_lse = [&](const char* name, const Tensor& x) {
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.dim() == dim - 1 &&
                         x.numel() == q.numel() / q.size(dim - 1),
@@ -106,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>,
   check_lse("lse", lse);
   if (dlse.has_value()) check_lse("dlse", *dlse);
 
-  Tensor dq = new_contiguous(q), dk = new_contiguous(k), dv = new_contiguous(v);
+  const Operand dq(new_contiguous(q)), dk(new_contiguous(k)), dv(new_contiguous(v));
   BackwardParams params{attention_params(arguments, q, k, v, out, {&q, &k, &v, &out, &dout, &dq, &dk, &dv})};
   const ProblemShape& shape = params.shape;
   const DeviceLimits& limits = device_limits(q.get_device_index());

@@ -10,6 +10,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "../attention/head_dims.h"
 #include "../attention/sm90/launch.h"
@@ -43,29 +44,13 @@ void run_sm90_forward(const ForwardCall& call) {
   run(call.params, tile_counter, target);
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> sm90_forward(Tensor q, Tensor k, Tensor v, double softmax_scale, int64_t window_left,
-                                        int64_t window_right, bool top_left, double softcap,
-                                        std::optional<Tensor> learnable_sink, std::optional<Tensor> cu_seqlens_q,
-                                        std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> seqused_q,
-                                        std::optional<Tensor> seqused_k) {
+std::tuple<Tensor, Tensor> run(const AttentionArguments& arguments, const Tensor& q, const Tensor& k, const Tensor& v) {
   const DeviceLimits& limits = device_limits(q.get_device_index());
   STD_TORCH_CHECK(limits.capability_major == 9, "sm90_forward: q is on a device of compute capability ",
                   limits.capability_major, ".", limits.capability_minor,
                   ", and these kernels run on 9.x alone; sm80_forward runs on every device since 8.0");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const ForwardCall call = forward_call({.softmax_scale = softmax_scale,
-                                         .window_left = window_left,
-                                         .window_right = window_right,
-                                         .top_left = top_left,
-                                         .softcap = softcap,
-                                         .cu_seqlens_q = cu_seqlens_q,
-                                         .cu_seqlens_k = cu_seqlens_k,
-                                         .seqused_q = seqused_q,
-                                         .seqused_k = seqused_k,
-                                         .learnable_sink = learnable_sink},
-                                        q, k, v);
+  ForwardCall call = forward_call(arguments, q, k, v);
   // Whether rows are aligned is decided here, since only here it is known for sure: a compiled graph is traced with
   // tensors that have no address, and later gets others.
   if (sm90::can_run(call.params)) {
@@ -73,9 +58,36 @@ std::tuple<Tensor, Tensor> sm90_forward(Tensor q, Tensor k, Tensor v, double sof
   } else {
     run_sm80_forward(call);
   }
-  return {call.out, call.lse};
+  return {std::move(call.out), std::move(call.lse)};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flash_attn_kernels, CUDA, m) { m.impl("sm90_forward", TORCH_BOX(&sm90_forward)); }
+}  // namespace
+
+std::tuple<Tensor, Tensor> sm90_forward(Tensor q, Tensor k, Tensor v, double softmax_scale, int64_t window_left,
+                                        int64_t window_right, bool top_left, double softcap,
+                                        std::optional<Tensor> learnable_sink, std::optional<Tensor> cu_seqlens_q,
+                                        std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> seqused_q,
+                                        std::optional<Tensor> seqused_k) {
+  return run({.softmax_scale = softmax_scale,
+              .window_left = window_left,
+              .window_right = window_right,
+              .top_left = top_left,
+              .softcap = softcap,
+              .cu_seqlens_q = cu_seqlens_q,
+              .cu_seqlens_k = cu_seqlens_k,
+              .seqused_q = seqused_q,
+              .seqused_k = seqused_k,
+              .learnable_sink = learnable_sink},
+             q, k, v);
+}
+
+std::tuple<Tensor, Tensor> sm90_forward_dense(Tensor q, Tensor k, Tensor v, double softmax_scale, bool causal) {
+  return run(AttentionArguments::dense(softmax_scale, causal), q, k, v);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_kernels, CUDA, m) {
+  m.impl("sm90_forward", TORCH_BOX(&sm90_forward));
+  m.impl("sm90_forward_dense", TORCH_BOX(&sm90_forward_dense));
+}
 
 }  // namespace flash_attn::api

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <utility>
+
 #include "../attention/params.h"
 #include "allocate.h"
 #include "attention_arguments.h"
@@ -18,16 +20,16 @@ struct ForwardCall {
 inline ForwardCall forward_call(const AttentionArguments& arguments, const Tensor& q_given, const Tensor& k_given,
                                 const Tensor& v_given) {
   const int64_t dim = arguments.packed() ? 3 : 4, key_dim = arguments.paged() ? 4 : dim;
-  Tensor q = with_dense_rows("q", q_given, dim, q_given);
-  Tensor k = with_dense_rows("k", k_given, key_dim, q), v = with_dense_rows("v", v_given, key_dim, q);
+  Operand q = with_dense_rows("q", q_given, dim, q_given);
+  Operand k = with_dense_rows("k", k_given, key_dim, q), v = with_dense_rows("v", v_given, key_dim, q);
   const int64_t head_dim_v = v.size(key_dim - 1);
-  Tensor out = dim == 3 ? new_tensor(q, {q.size(0), q.size(1), head_dim_v}, q.scalar_type())
-                        : new_tensor(q, {q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type());
+  Operand out(dim == 3 ? new_tensor(q, {q.size(0), q.size(1), head_dim_v}, q.scalar_type())
+                       : new_tensor(q, {q.size(0), q.size(1), q.size(2), head_dim_v}, q.scalar_type()));
   Tensor lse = dim == 3 ? new_tensor(q, {q.size(1), q.size(0)}, ScalarType::Float)
                         : new_tensor(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   const ForwardParams params{attention_params(arguments, q, k, v, out, {&q, &k, &v, &out}),
                              static_cast<float*>(lse.data_ptr()), /*query_slots=*/0};
-  return {q, k, v, out, lse, params};
+  return {std::move(q), std::move(k), std::move(v), std::move(out), std::move(lse), params};
 }
 
 // By the sm80 kernels, in attention_sm80.cu.

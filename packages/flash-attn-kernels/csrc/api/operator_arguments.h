@@ -12,6 +12,8 @@
   "Tensor? attn_mask=None, Tensor? key_padding_mask=None, Tensor? alibi_slopes=None, Tensor? learnable_sink=None," \
   "Tensor? seed_and_offset=None"
 
+#define FLASH_ATTN_SCHEMA_DENSE "Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal"
+
 #define FLASH_ATTN_PARAMETERS                                                                                       \
   double softmax_scale, int64_t window_left, int64_t window_right, bool top_left, double softcap, double dropout_p, \
       std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k, std::optional<Tensor> seqused_q,      \

@@ -65,6 +65,12 @@ __device__ __forceinline__ float2 unpack_bias(uint32_t pair, BiasType type) {
   return type == BiasType::kBFloat16 ? ptx::unpack<__nv_bfloat16>(pair) : ptx::unpack<__half>(pair);
 }
 
+// A product q k, soft-capped, in base 2; factor is 2 log2(e) scale / softcap, cap is softcap log2(e).
+__device__ __forceinline__ float capped(float product, float factor, float cap) {
+  // tanh(x) = 1 - 2 / (1 + exp(2 x)): as exact as fp32 scores are, unlike tanh.approx.
+  return cap * (1.f - __fdividef(2.f, 1.f + ptx::exp2(product * factor)));
+}
+
 // Products q k become soft-capped scores in base 2; `slope` is called with (i, j, e) and d(score) / d(scale * product).
 template <int kRowTiles, int kColumnTiles, typename Slope>
 __device__ __forceinline__ void soft_cap(float (&scores)[kRowTiles][kColumnTiles][4], const AttentionParams& params,

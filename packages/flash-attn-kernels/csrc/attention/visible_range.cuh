@@ -6,7 +6,7 @@
 
 namespace flash_attn {
 
-// Tiles [begin, end) contain something visible; of them [clean_begin, clean_end) need no mask at all.
+// Tiles [begin, end) contain everything visible; of them [clean_begin, clean_end) need no mask at all.
 struct TileRange {
   int begin, clean_begin, clean_end, end;
 };

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from . import portable, sm80, sm90
 from .autocast import autocast_is_on, autocast_switched_off
@@ -41,10 +42,13 @@ def attend(
 
     Without ``returns_lse`` the second may be None: autograd spends time on every result.
     """
+    is_plain = modifiers is NO_MODIFIERS and seed_and_offset is None and packed is None
     if not needs_gradient:
+        if is_plain:
+            return PATHS[path].plain_forward(q, k, v, options)
         return PATHS[path].forward(AttentionInputs(q, k, v, options, modifiers, seed_and_offset, packed))
     apply = _apply_without_functorch
-    if torch.compiler.is_compiling():
+    if is_compiling():
         apply = _Attention.apply
         # It refuses a tensor that is passed twice to one autograd.Function, as k and v or both cu_seqlens may be.
         k, v = k.view_as(k), v.view_as(v)
@@ -54,6 +58,9 @@ def attend(
                 packed = packed._replace(seqused_k=packed.seqused_k.view_as(packed.seqused_k))
     elif torch._C._are_functorch_transforms_active():
         apply = _Attention.apply  # which says what it cannot do
+    if is_plain:  # no groups to put together
+        results = apply(q, k, v, (options, path, returns_lse, False, False, False))
+        return results if returns_lse else (results, None)
     has_modifiers, has_seed = modifiers is not NO_MODIFIERS, seed_and_offset is not None
     structure = (options, path, returns_lse, has_modifiers, has_seed, packed is not None)
     others: tuple[Tensor | None, ...] = modifiers if has_modifiers else ()
@@ -63,6 +70,12 @@ def attend(
         others = (*others, *packed)
     results = apply(q, k, v, structure, *others)
     return results if returns_lse else (results, None)
+
+
+def attend_without_autocast(q: Tensor, *others: Any) -> tuple[Tensor, Tensor | None]:
+    """:func:`attend`, with autocast switched off on the device of q."""
+    with autocast_switched_off(q):
+        return attend(q, *others)
 
 
 class _Attention(torch.autograd.Function):
@@ -76,8 +89,11 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, structure: _Structure, *others: Tensor | None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        _, path, returns_lse, *_ = structure
-        out, lse = PATHS[path].forward(_inputs(q, k, v, structure, others))
+        options, path, returns_lse, _, _, _ = structure
+        if others:
+            out, lse = PATHS[path].forward(_inputs(q, k, v, structure, others))
+        else:
+            out, lse = PATHS[path].plain_forward(q, k, v, options)
         ctx.save_for_backward(q, k, v, out, lse, *others)
         ctx.structure = structure
         if not returns_lse:

@@ -1,7 +1,8 @@
 """What every public attention function does with its arguments: check, choose a path, run it.
 
 A call on tiny tensors costs little more than the Python it passes through, so what only depends on options, dtypes
-and head dims is worked out once (``_cached_plan``), and tensors that are absent cost nothing.
+and head dims is worked out once (``_cached_plan``), and tensors that are absent cost nothing. Calls without packed
+layout and modifiers are not even checked again where one that agrees with them has passed (``_plans_of_plain_calls``).
 """
 
 from __future__ import annotations
@@ -14,14 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import autograd, checks, library, modifiers, portable
-from .autocast import autocast_is_on, autocast_switched_off, to_autocast_dtype
+from .autocast import autocast_is_on, to_autocast_dtype
 from .dispatch import AttentionProblem, Explanation, choose_path
 from .inputs import NO_MODIFIERS, AttentionInputs, PackedLayout, ScoreModifiers
 from .options import AttentionOptions, make_options
 from .philox import draw_seed_and_offset
 from .tracing import constant_under_compile
+
+# The arguments of the public functions in two groups, since every one that is passed on alone costs time: what is no
+# tensor and matters for the plan, and the tensors that change the scores.
+OptionArguments = tuple[float, float | None, bool, tuple[int, int], float, bool, str]
+"""dropout_p, softmax_scale, causal, window_size, softcap, deterministic, causal_alignment."""
+ModifierArguments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""attn_bias, attn_mask, key_padding_mask, alibi_slopes, learnable_sink."""
 
 
 def run(
@@ -29,50 +38,33 @@ def run(
     k: Tensor,
     v: Tensor,
     packed: PackedLayout | None,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
+    option_arguments: OptionArguments,
+    modifier_arguments: ModifierArguments,
     return_attn_probs: bool,
-    attn_bias: Tensor | None,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    learnable_sink: Tensor | None,
-    causal_alignment: str,
     return_lse: bool,
     strict: bool,
 ) -> Any:
     """out, (out, lse) or (out, lse, probabilities), as the public functions describe them."""
     q, k, v, autocast, score_modifiers, needs_gradient, options, explanation = prepare(
+        q, k, v, packed, option_arguments, modifier_arguments
+    )
+    path = explanation.path
+    if path == "portable":
+        object_to_the_portable_path(explanation.reasons["sm80"], q.device.type, strict)
+    seed_and_offset = draw_seed_and_offset(q.device) if options.dropout_p > 0 else None
+    attend = autograd.attend_without_autocast if autocast else autograd.attend
+    out, lse = attend(
         q,
         k,
         v,
+        options,
+        score_modifiers,
+        seed_and_offset,
         packed,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        attn_bias,
-        attn_mask,
-        key_padding_mask,
-        learnable_sink,
-        causal_alignment,
+        path,
+        needs_gradient,
+        return_lse or return_attn_probs,
     )
-    if explanation.path == "portable":
-        _object_to_the_portable_path(explanation.reasons["sm80"], q.device.type, strict)
-    seed_and_offset = draw_seed_and_offset(q.device) if options.dropout_p > 0 else None
-    call = (q, k, v, options, score_modifiers, seed_and_offset, packed, explanation.path, needs_gradient)
-    if autocast:
-        with autocast_switched_off(q):
-            out, lse = autograd.attend(*call, return_lse or return_attn_probs)
-    else:
-        out, lse = autograd.attend(*call, return_lse or return_attn_probs)
     if return_attn_probs:
         assert lse is not None  # since it was asked for
         inputs = AttentionInputs(q, k, v, options, score_modifiers, seed_and_offset, packed)
@@ -86,18 +78,8 @@ def prepare(
     k: Tensor,
     v: Tensor,
     packed: PackedLayout | None,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    attn_bias: Tensor | None,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    learnable_sink: Tensor | None,
-    causal_alignment: str,
+    option_arguments: OptionArguments,
+    modifier_arguments: ModifierArguments,
 ) -> tuple[Tensor, Tensor, Tensor, bool, ScoreModifiers, bool, AttentionOptions, Explanation]:
     """Check and normalise the arguments, and choose the path.
 
@@ -112,6 +94,64 @@ def prepare(
     if autocast:
         device_type = q.device.type
         q, k, v = (to_autocast_dtype(x, device_type) for x in (q, k, v))
+    dropout_p, softmax_scale, causal, window_size, softcap, deterministic, causal_alignment = option_arguments
+    attn_bias, attn_mask, key_padding_mask, alibi_slopes, learnable_sink = modifier_arguments
+    if (
+        packed is not None
+        or attn_bias is not None
+        or attn_mask is not None
+        or key_padding_mask is not None
+        or alibi_slopes is not None
+        or learnable_sink is not None
+        or is_compiling()
+        or not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor))
+    ):
+        checked = _check_and_plan(q, k, v, packed, option_arguments, modifier_arguments)
+        return q, k, v, autocast, *checked
+    # A plain call. Its key has all that checks and plan depend on.
+    needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    key = (
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        k.dtype,
+        v.dtype,
+        q.device,
+        k.device,
+        v.device,
+        None if softmax_scale is None else float(softmax_scale),
+        causal,
+        window_size,
+        float(softcap),
+        float(dropout_p),
+        deterministic or torch.are_deterministic_algorithms_enabled(),
+        causal_alignment,
+        needs_gradient,
+    )
+    try:
+        options, explanation = _plans_of_plain_calls[key]
+    except KeyError:
+        if len(_plans_of_plain_calls) >= _PLANS_KEPT:
+            _plans_of_plain_calls.clear()
+        _, _, options, explanation = _check_and_plan(q, k, v, None, option_arguments, modifier_arguments)
+        _plans_of_plain_calls[key] = options, explanation
+    except TypeError:  # a list as the window, or symbolic sizes, cannot be hashed
+        _, _, options, explanation = _check_and_plan(q, k, v, None, option_arguments, modifier_arguments)
+    return q, k, v, autocast, NO_MODIFIERS, needs_gradient, options, explanation
+
+
+def _check_and_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: PackedLayout | None,
+    option_arguments: OptionArguments,
+    modifier_arguments: ModifierArguments,
+) -> tuple[ScoreModifiers, bool, AttentionOptions, Explanation]:
+    """The last four results of :func:`prepare`, for q, k and v as the path gets them."""
+    dropout_p, softmax_scale, causal, window_size, softcap, deterministic, causal_alignment = option_arguments
+    attn_bias, attn_mask, key_padding_mask, alibi_slopes, learnable_sink = modifier_arguments
     if packed is None:
         layout = "dense"
         head_dim, head_dim_v = checks.check_tensors(q, k, v, layout=layout)
@@ -148,7 +188,7 @@ def prepare(
     window: Any = (
         window_size if type(window_size) is tuple else tuple(window_size)
     )  # of a list, to be hashable
-    plan = _plan if torch.compiler.is_compiling() else _cached_plan
+    plan = _plan if is_compiling() else _cached_plan
     options, explanation = plan(
         q.device,
         q.dtype,
@@ -166,7 +206,7 @@ def prepare(
         sums_broadcast_bias,
         score_tensors,
     )
-    return q, k, v, autocast, score_modifiers, needs_gradient, options, explanation
+    return score_modifiers, needs_gradient, options, explanation
 
 
 def _plan(
@@ -201,7 +241,7 @@ def _plan(
     )
     problem = AttentionProblem(
         device_type=device.type,
-        compute_capability=_compute_capability(device.index) if device.type == "cuda" else None,
+        compute_capability=compute_capability(device.index) if device.type == "cuda" else None,
         dtype=dtype,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
@@ -218,10 +258,14 @@ def _plan(
 
 
 # Bounded, since scales and windows may be computed anew for every call.
-_cached_plan = functools.lru_cache(maxsize=1024)(_plan)
+_PLANS_KEPT = 1024
+_cached_plan = functools.lru_cache(maxsize=_PLANS_KEPT)(_plan)
+# Of calls without a packed layout and without modifiers: they are checked once for all calls that agree in shapes,
+# dtypes, devices and options, as the layers of a model do.
+_plans_of_plain_calls: dict[Any, tuple[AttentionOptions, Explanation]] = {}
 
 
-def _object_to_the_portable_path(reasons: tuple[str, ...], device_type: str, strict: bool) -> None:
+def object_to_the_portable_path(reasons: tuple[str, ...], device_type: str, strict: bool) -> None:
     text = "; ".join(reasons)
     if strict:
         raise ValueError(
@@ -236,7 +280,7 @@ def _object_to_the_portable_path(reasons: tuple[str, ...], device_type: str, str
 
 
 @constant_under_compile
-def _compute_capability(device_index: int | None) -> tuple[int, int] | None:
+def compute_capability(device_index: int | None) -> tuple[int, int] | None:
     """None where there is no such device to ask, as under FakeTensor on a machine without a GPU."""
     return torch.cuda.get_device_capability(device_index) if torch.cuda.is_available() else None
 

@@ -63,18 +63,8 @@ def explain(
         k,
         v,
         packed,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        attn_bias,
-        attn_mask,
-        key_padding_mask,
-        learnable_sink,
-        causal_alignment,
+        (dropout_p, softmax_scale, causal, window_size, softcap, deterministic, causal_alignment),
+        (attn_bias, attn_mask, key_padding_mask, alibi_slopes, learnable_sink),
     )
     if explanation.path == "sm90" and not isinstance(q, torch._subclasses.FakeTensor):
         unaligned = sm90.unaligned_rows(q, k, v)

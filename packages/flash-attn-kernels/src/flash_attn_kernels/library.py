@@ -23,6 +23,7 @@ sm80_forward: Any = None
 sm80_forward_dense: Any = None
 sm80_backward: Any = None
 sm90_forward: Any = None
+sm90_forward_dense: Any = None
 
 
 @constant_under_compile
@@ -33,7 +34,7 @@ def load_error() -> str | None:
 
 @functools.cache
 def _load() -> str | None:
-    global sm80_forward, sm80_forward_dense, sm80_backward, sm90_forward
+    global sm80_forward, sm80_forward_dense, sm80_backward, sm90_forward, sm90_forward_dense
     if not LIBRARY_PATH.exists():
         return (
             "this installation has no compiled kernels (install a platform wheel, or build with "
@@ -44,13 +45,15 @@ def _load() -> str | None:
     except (OSError, RuntimeError) as error:
         return f"the compiled kernels failed to load: {error.__cause__ or error}"
     torch.library.register_fake("flash_attn_kernels::sm80_forward", _fake_sm80_forward)
-    torch.library.register_fake("flash_attn_kernels::sm80_forward_dense", _fake_sm80_forward_dense)
+    torch.library.register_fake("flash_attn_kernels::sm80_forward_dense", _fake_forward_dense)
     torch.library.register_fake("flash_attn_kernels::sm80_backward", _fake_sm80_backward)
     torch.library.register_fake("flash_attn_kernels::sm90_forward", _fake_sm90_forward)
+    torch.library.register_fake("flash_attn_kernels::sm90_forward_dense", _fake_forward_dense)
     sm80_forward = torch.ops.flash_attn_kernels.sm80_forward.default
     sm80_forward_dense = torch.ops.flash_attn_kernels.sm80_forward_dense.default
     sm80_backward = torch.ops.flash_attn_kernels.sm80_backward.default
     sm90_forward = torch.ops.flash_attn_kernels.sm90_forward.default
+    sm90_forward_dense = torch.ops.flash_attn_kernels.sm90_forward_dense.default
     return None
 
 
@@ -61,6 +64,12 @@ def _forward_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     *tokens, H, _ = q.shape  # (B, Sq) or (Tq,)
     *batch, rows = tokens
     return q.new_empty((*tokens, H, v.shape[-1])), q.new_empty((*batch, H, rows), dtype=torch.float32)
+
+
+def _fake_forward_dense(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    return _forward_results(q, v)
 
 
 def _fake_sm80_forward(
@@ -84,12 +93,6 @@ def _fake_sm80_forward(
     alibi_slopes: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     seed_and_offset: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _forward_results(q, v)
-
-
-def _fake_sm80_forward_dense(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, window_left: int, window_right: int, top_left: bool
 ) -> tuple[Tensor, Tensor]:
     return _forward_results(q, v)
 

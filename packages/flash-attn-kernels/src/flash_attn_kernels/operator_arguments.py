@@ -16,6 +16,15 @@ def window(options: AttentionOptions) -> tuple[int, int]:
     return _UNBOUNDED if left is None else left, _UNBOUNDED if right is None else right
 
 
+def is_full_or_causal(options: AttentionOptions) -> bool:
+    """Scores depend on the scale alone, and all keys are visible or the mask is causal: nothing else needs saying."""
+    return (
+        options.window_left is None
+        and (options.window_right is None or (options.window_right == 0 and not options.top_left))
+        and options.softcap == 0.0
+    )
+
+
 def lengths(packed: PackedLayout) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """cu_seqlens and seqused, contiguous."""
     return (

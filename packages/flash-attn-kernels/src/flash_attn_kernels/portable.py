@@ -15,6 +15,7 @@ from torch import Tensor
 from . import blockwise
 from .blockwise_scores import Sequence, compute_dtype
 from .inputs import AttentionInputs, Gradients, PackedLayout, ScoreModifiers
+from .options import AttentionOptions
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     for part in _parts(inputs):
         blockwise.forward(part.sequence(inputs), part.query_rows(out), part.row_values(lse))
     return out, lse
+
+
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """:func:`forward` of a dense call without modifiers and dropout."""
+    return forward(AttentionInputs(q, k, v, options))
 
 
 def backward(

@@ -11,17 +11,30 @@ from torch import Tensor
 
 from . import library
 from .inputs import NO_MODIFIERS, AttentionInputs, Gradients
-from .operator_arguments import lengths, per_head, window
+from .operator_arguments import is_full_or_causal, lengths, per_head, window
+from .options import AttentionOptions
 
 
 def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """``out`` in the layout of q with the head dim of v, in its dtype, and ``lse`` fp32: (B, H, Sq) or (H, Tq)."""
     q, k, v, options, *_ = inputs
-    left, right = window(options)
-    if _is_plain(inputs):
-        return library.sm80_forward_dense(q, k, v, options.softmax_scale, left, right, options.top_left)
     return library.sm80_forward(
-        q, k, v, options.softmax_scale, left, right, options.top_left, *_optional_arguments(inputs)
+        q,
+        k,
+        v,
+        options.softmax_scale,
+        *window(options),
+        options.top_left,
+        *_optional_arguments(inputs),
+    )
+
+
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """:func:`forward` of a dense call without modifiers and dropout, which takes less time."""
+    if is_full_or_causal(options):
+        return library.sm80_forward_dense(q, k, v, options.softmax_scale, options.window_right == 0)
+    return library.sm80_forward(
+        q, k, v, options.softmax_scale, *window(options), options.top_left, options.softcap
     )
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import library, sm80
-from .inputs import NO_MODIFIERS, AttentionInputs
-from .operator_arguments import lengths, per_head, window
+from .inputs import AttentionInputs
+from .operator_arguments import is_full_or_causal, lengths, per_head, window
+from .options import AttentionOptions
 
 backward = sm80.backward
 
@@ -21,24 +22,25 @@ def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     are not known while a graph is compiled. :func:`unaligned_rows` says what it will find.
     """
     q, k, v, options, modifiers, _, packed = inputs
-    left, right = window(options)
-    if packed is None and modifiers is NO_MODIFIERS:
-        if options.softcap == 0.0:  # what has a default is left out of the call, which costs less
-            return library.sm90_forward(q, k, v, options.softmax_scale, left, right, options.top_left)
-        return library.sm90_forward(
-            q, k, v, options.softmax_scale, left, right, options.top_left, options.softcap
-        )
     return library.sm90_forward(
         q,
         k,
         v,
         options.softmax_scale,
-        left,
-        right,
+        *window(options),
         options.top_left,
         options.softcap,
         per_head(modifiers.learnable_sink),
         *(() if packed is None else lengths(packed)),
+    )
+
+
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    """:func:`forward` of a dense call without modifiers and dropout, which takes less time."""
+    if is_full_or_causal(options):
+        return library.sm90_forward_dense(q, k, v, options.softmax_scale, options.window_right == 0)
+    return library.sm90_forward(
+        q, k, v, options.softmax_scale, *window(options), options.top_left, options.softcap
     )
 
 

@@ -1,8 +1,6 @@
 // Tile shapes of the Hopper kernels.
 #pragma once
 
-#include <type_traits>
-
 #include "../head_dims.h"
 #include "../shared_tile.cuh"
 
@@ -34,59 +32,33 @@ struct ForwardConfig {
   static constexpr int kTileBytes = kQueryStages * QueryTile::kBytes + kStages * (KeyTile::kBytes + ValueTile::kBytes);
 };
 
-// Full: every query sees every key. Bounded: there is a causal mask or a window. Softcap: the scores are soft-capped,
-// which takes more registers.
-template <typename Dims>
-struct ForwardConfigs;
+// What runs which head dims. Soft-capping the scores takes more registers.
+template <typename Dims, bool kSoftcap>
+struct ForwardConfigOf;
 
-template <>
-struct ForwardConfigs<HeadDims<64, 64>> {
-  using Full = ForwardConfig<64, 64, 3, 128, 2, 3, true>;
-  using Bounded = Full;
-  using Softcap = ForwardConfig<64, 64, 3, 96, 2, 3, true>;
+template <bool kSoftcap>
+struct ForwardConfigOf<HeadDims<64, 64>, kSoftcap> {
+  using Config = ForwardConfig<64, 64, 3, kSoftcap ? 96 : 128, 2, 3, true>;
 };
-template <>
-struct ForwardConfigs<HeadDims<96, 96>> {
-  using Full = ForwardConfig<96, 96, 2, 128, 2, 2, true>;
-  using Bounded = ForwardConfig<96, 96, 3, 96, 2, 2, true>;
-  using Softcap = Full;
+template <bool kSoftcap>
+struct ForwardConfigOf<HeadDims<96, 96>, kSoftcap> {
+  using Config = ForwardConfig<96, 96, 3, 96, 1, 3, true>;
 };
-template <>
-struct ForwardConfigs<HeadDims<128, 128>> {
-  using Full = ForwardConfig<128, 128, 2, 128, 2, 2, true>;
-  using Bounded = Full;
-  using Softcap = Full;
+template <bool kSoftcap>
+struct ForwardConfigOf<HeadDims<128, 128>, kSoftcap> {
+  using Config = ForwardConfig<128, 128, 2, 128, 2, 2, true>;
 };
-template <>
-struct ForwardConfigs<HeadDims<192, 128>> {
-  using Full = ForwardConfig<192, 128, 2, 128, 1, 2, false>;
-  using Bounded = Full;
-  using Softcap = Full;
+template <bool kSoftcap>
+struct ForwardConfigOf<HeadDims<192, 128>, kSoftcap> {
+  using Config = ForwardConfig<192, 128, 2, 128, 1, 2, false>;
 };
-template <>
-struct ForwardConfigs<HeadDims<192, 192>> {
-  using Full = ForwardConfig<192, 192, 2, 112, 1, 2, false>;
-  using Bounded = Full;
-  using Softcap = ForwardConfig<192, 192, 2, 96, 1, 2, false>;
+template <bool kSoftcap>
+struct ForwardConfigOf<HeadDims<192, 192>, kSoftcap> {
+  using Config = ForwardConfig<192, 192, 2, kSoftcap ? 96 : 112, 1, 2, false>;
 };
-template <>
-struct ForwardConfigs<HeadDims<256, 256>> {
-  using Full = ForwardConfig<256, 256, 2, 80, 1, 2, false>;
-  using Bounded = Full;
-  using Softcap = ForwardConfig<256, 256, 2, 64, 1, 2, false>;
+template <bool kSoftcap>
+struct ForwardConfigOf<HeadDims<256, 256>, kSoftcap> {
+  using Config = ForwardConfig<256, 256, 2, kSoftcap ? 64 : 80, 1, 2, false>;
 };
-
-// Calls `function` with the configuration that runs.
-template <typename Dims, bool kSoftcap, typename Function>
-void with_forward_config(bool bounded, const Function& function) {
-  using Configs = ForwardConfigs<Dims>;
-  if constexpr (kSoftcap) {
-    function(typename Configs::Softcap{});
-  } else if constexpr (std::is_same_v<typename Configs::Full, typename Configs::Bounded>) {
-    function(typename Configs::Full{});
-  } else {
-    bounded ? function(typename Configs::Bounded{}) : function(typename Configs::Full{});
-  }
-}
 
 }  // namespace flash_attn::sm90

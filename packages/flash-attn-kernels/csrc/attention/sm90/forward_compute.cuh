@@ -20,13 +20,15 @@ enum NamedBarrier : int { kTurn = 1, kWarpgroup = 4 };  // one of each for every
 // Every consumer clears all of them, so that none has to wait for another.
 template <typename Tile>
 __device__ __forceinline__ void clear_rows(const Tile& tile, int first, int consumer) {
-  for (int i = threadIdx.x % 128; i < (Tile::kRows - first) * kPanelChunks * Tile::kPanels; i += 128) {
-    const int panel = i / ((Tile::kRows - first) * kPanelChunks), rest = i % ((Tile::kRows - first) * kPanelChunks);
-    ptx::store_shared_16(tile.chunk_address(first + rest / kPanelChunks, panel * kPanelChunks + rest % kPanelChunks),
-                         {0u, 0u, 0u, 0u});
+  const int thread = threadIdx.x % ptx::kWarpgroupThreads;
+  for (int row = first + thread / kPanelChunks; row < Tile::kRows; row += ptx::kWarpgroupThreads / kPanelChunks) {
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      ptx::store_shared_16(tile.chunk_address(row, panel * kPanelChunks + thread % kPanelChunks), {0u, 0u, 0u, 0u});
+    }
   }
   ptx::fence_async_proxy();
-  ptx::named_barrier_wait(kWarpgroup + consumer, 128);
+  ptx::named_barrier_wait(kWarpgroup + consumer, ptx::kWarpgroupThreads);
 }
 
 // Normalises the warp's 16 rows of the output and writes them, with their log-sum-exp. `row` is the thread's first
@@ -58,9 +60,9 @@ __device__ __forceinline__ void consume(const ForwardKernelParams& params, const
   using ValueTile = typename Config::ValueTile;
   constexpr int kScoreTiles = Config::kColumns / 8, kOutTiles = Config::kHeadDimV / 8;
   const ForwardParams& attention = params.attention;
-  const int lane = threadIdx.x % 32;
-  const int tile_row = Config::kConsumerRows * consumer + threadIdx.x % 128 / 32 * 16 + lane / 4;
-  const bool signals = threadIdx.x % 128 == 0;
+  const int thread = threadIdx.x % ptx::kWarpgroupThreads, lane = thread % 32;
+  const int tile_row = Config::kConsumerRows * consumer + thread / 32 * 16 + lane / 4;
+  const bool signals = thread == 0;  // for all, since products end for the whole warpgroup at once
   const bool packed = attention.queries.cu_seqlens != nullptr;
   const float scale_log2 = kSoftcap ? 1.f : attention.softmax_scale_log2;
   Cursor<Config::kWorkStages> cursor;
@@ -68,11 +70,14 @@ __device__ __forceinline__ void consume(const ForwardKernelParams& params, const
   Cursor<Config::kStages> key, value;
 
   // Consumers take turns, one turn for every tile of keys.
+  constexpr int kTurnThreads = 2 * ptx::kWarpgroupThreads;  // who passes the turn and who waits for it
   const auto wait_turn = [&] {
-    if constexpr (Config::kTakesTurns) ptx::named_barrier_wait(kTurn + consumer, 256);
+    if constexpr (Config::kTakesTurns) ptx::named_barrier_wait(kTurn + consumer, kTurnThreads);
   };
   const auto pass_turn = [&] {
-    if constexpr (Config::kTakesTurns) ptx::named_barrier_arrive(kTurn + (consumer + 1) % Config::kConsumers, 256);
+    if constexpr (Config::kTakesTurns) {
+      ptx::named_barrier_arrive(kTurn + (consumer + 1) % Config::kConsumers, kTurnThreads);
+    }
   };
   if (consumer == Config::kConsumers - 1) pass_turn();  // the first consumer begins
 

@@ -30,19 +30,16 @@ TensorMaps tensor_maps(const ForwardParams& params, bool bfloat16) {
 
 template <typename Element, typename Dims, bool kSoftcap>
 void launch_forward(const ForwardParams& params, int* tile_counter, const LaunchTarget& target) {
-  const bool bounded = params.window.left != Window::kUnbounded || params.window.right != Window::kUnbounded;
-  with_forward_config<Dims, kSoftcap>(bounded, [&]<typename Config>(Config) {
-    const TileOrder order = tile_order(params, Config::kRows, target.multiprocessors);
-    if (order.tiles() == 0 || params.queries.rows == 0) return;
-    const ForwardKernelParams kernel_params{tensor_maps<Config>(params, std::is_same_v<Element, __nv_bfloat16>), params,
-                                            order, tile_counter};
-    launch<&forward_kernel<Element, Config, kSoftcap>>(std::min(target.multiprocessors, order.tiles()),
-                                                       Config::kThreads, ForwardShared<Config>::kBytes, target,
-                                                       kernel_params);
+  using Config = typename ForwardConfigOf<Dims, kSoftcap>::Config;
+  const TileOrder order = tile_order(params, Config::kRows, target.multiprocessors);
+  if (order.tiles() == 0 || params.queries.rows == 0) return;
+  const ForwardKernelParams kernel_params{tensor_maps<Config>(params, std::is_same_v<Element, __nv_bfloat16>), params,
+                                          order, tile_counter};
+  launch<&forward_kernel<Element, Config, kSoftcap>>(std::min(target.multiprocessors, order.tiles()), Config::kThreads,
+                                                     ForwardShared<Config>::kBytes, target, kernel_params);
 #ifdef FLASH_ATTN_BOUNDED_SPINS
-    ptx::throw_if_spins_ended(target.stream);
+  ptx::throw_if_spins_ended(target.stream);
 #endif
-  });
 }
 
 }  // namespace flash_attn::sm90

@@ -17,7 +17,7 @@ struct ForwardKernelParams {
   TensorMaps maps;
   ForwardParams attention;
   TileOrder order;
-  int* tile_counter;  // hands out positions after the first of each block; null: every gridDim.x-th one
+  int* tile_counter;  // hands out positions after the first of each block; null: by static_position()
 };
 
 }  // namespace flash_attn::sm90

@@ -33,7 +33,7 @@ __device__ __forceinline__ void schedule(const ForwardKernelParams& params, cons
   Cursor<Config::kWorkStages> cursor;
   Cursor<1> request;
   int position = ptx::block_index();
-  while (position < tiles) {
+  for (int round = 1; position < tiles; ++round) {
     const ForwardWork work = work_at<Config>(params, position);
     if (work.range.begin < work.range.end) {
       shared.works.wait_empty(cursor);
@@ -52,7 +52,7 @@ __device__ __forceinline__ void schedule(const ForwardKernelParams& params, cons
       store_empty_rows(params.attention, work, min(work.first_query + Config::kRows, work.stored));
     }
     if (params.tile_counter == nullptr) {
-      position += blocks;
+      position = static_position(ptx::block_index(), blocks, round);
     } else {
       if (lane == 0) position = blocks + atomicAdd(params.tile_counter, 1);
       position = __shfl_sync(0xffffffffu, position, 0);

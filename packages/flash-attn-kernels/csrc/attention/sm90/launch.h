@@ -4,7 +4,7 @@
 #include "../head_dims.h"
 #include "../launch.h"
 #include "../params.h"
-#include "../sequence.cuh"
+#include "tile_order.h"
 
 namespace flash_attn::sm90 {
 
@@ -14,17 +14,6 @@ inline bool can_run(const AttentionParams& params) {
   return params.softmax_scale > 0 && modifiers.alibi_slopes == nullptr && !modifiers.bias.present &&
          !modifiers.mask.present && !modifiers.key_padding.present && modifiers.seed_and_offset == nullptr &&
          modifiers.aligned_rows && modifiers.pages.table == nullptr;
-}
-
-// Whether blocks share out the tiles while they run, with a counter, because the tiles take differently long. If there
-// are no more of them than blocks, each has one.
-inline bool needs_tile_counter(const ForwardParams& params, int multiprocessors) {
-  constexpr int kLeastRows = 128;  // of a tile
-  const bool packed = params.queries.cu_seqlens != nullptr;
-  const bool bounded = params.window.left != Window::kUnbounded || params.window.right != Window::kUnbounded;
-  const int64_t most_tiles =
-      static_cast<int64_t>(slot_count(params.queries, params.shape.batch, kLeastRows)) * params.shape.heads;
-  return (packed || bounded) && most_tiles > multiprocessors;
 }
 
 // tile_counter: a zeroed int on the device, or null. kSoftcap: whether the scores are soft-capped.

@@ -13,11 +13,10 @@ struct Cursor {
   int stage = 0;
   int parity = 0;
 
-  // By one stage, or by none: without a branch, so that the cursor stays where the whole warp has it.
-  __device__ __forceinline__ void advance(bool does = true) {
-    const int next = stage + (does ? 1 : 0);
-    const bool wraps = next == kStages;
-    stage = wraps ? 0 : next;
+  // Without a branch, so that the cursor stays in registers that the whole warp shares.
+  __device__ __forceinline__ void advance() {
+    const bool wraps = stage + 1 == kStages;
+    stage = wraps ? 0 : stage + 1;
     parity ^= wraps ? 1 : 0;
   }
 };

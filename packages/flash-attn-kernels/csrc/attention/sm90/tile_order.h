@@ -1,4 +1,4 @@
-// In which order a launch computes its tiles.
+// In which order a launch computes its tiles, and which block computes which.
 //
 // A matrix is the output of one head, of one sequence if dense and of all if packed; its tiles have ranks, the one of
 // rank 0 comes first. Matrices are taken in sections. Inside a section all tiles of one rank come before those of the
@@ -35,6 +35,28 @@ struct TileOrder {
   }
 };
 
+// The position that a block takes in its round number `round`, if no counter hands them out. Rounds are turned against
+// each other, or where the ranks divide the blocks a block would get the same, perhaps shorter, rank again and again.
+__host__ __device__ constexpr int static_position(int block, int blocks, int round) {
+  constexpr int kTurn = 7;
+  return round * blocks + (block + round * kTurn) % blocks;
+}
+
+// Whether tiles take differently long.
+inline bool tiles_differ(const ForwardParams& params) {
+  return params.queries.cu_seqlens != nullptr || params.window.left != Window::kUnbounded ||
+         params.window.right != Window::kUnbounded;
+}
+
+// Whether blocks share out the tiles while they run, with a counter, because the tiles take differently long. If there
+// are no more of them than blocks, each has one.
+inline bool needs_tile_counter(const ForwardParams& params, int multiprocessors) {
+  constexpr int kLeastRows = 128;  // of a tile
+  const int64_t most_tiles =
+      static_cast<int64_t>(slot_count(params.queries, params.shape.batch, kLeastRows)) * params.shape.heads;
+  return tiles_differ(params) && most_tiles > multiprocessors;
+}
+
 // How many matrices one section has. Their keys and values are read again for every rank, so they should stay in the L2
 // cache; within that limit, long sections balance best, because what comes last is short.
 inline int section_matrices(const ForwardParams& params, int matrices, int ranks, int multiprocessors) {
@@ -42,8 +64,7 @@ inline int section_matrices(const ForwardParams& params, int matrices, int ranks
   constexpr int kTypicalRows = 4096;  // of a packed sequence, whose length nobody knows
   constexpr int kFewRows = 1024;
   const bool packed = params.queries.cu_seqlens != nullptr;
-  const bool bounded = params.window.left != Window::kUnbounded || params.window.right != Window::kUnbounded;
-  if (!packed && !bounded) return 1;  // all ranks take equally long
+  if (!tiles_differ(params)) return 1;
   // Few keys are read from global memory for as long as they are computed with. Only if all ranks of a matrix run at
   // the same time do the loads of some run under the products of others.
   if (!packed && params.keys.rows <= kFewRows) return std::clamp(ceil_div(multiprocessors, ranks), 1, matrices);

@@ -1,0 +1,222 @@
+"""What the public functions on a key-value cache do with their arguments: check, choose operators, run them.
+
+What only depends on shapes, dtypes, devices and options is checked once for all calls that agree in them, as the
+decoding steps of a model do.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import operator_arguments
+from .autocast import autocast_is_on
+from .call import object_to_the_portable_path
+from .inputs import PackedLayout
+from .kvcache_checks import check_length, check_no_gradient, check_shapes, check_splits
+from .kvcache_inputs import CacheTensors
+from .kvcache_operators import CacheOperators, choose_operators
+from .kvcache_values import check_values
+from .modifiers import make_modifiers
+from .options import AttentionOptions, make_options
+
+
+class CacheOptions(NamedTuple):
+    """What is no tensor in a call of attention on a cache, as it was given."""
+
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: float
+    rotary_interleaved: bool
+    num_splits: int
+    batch_invariant: bool
+
+
+def attend(tensors: CacheTensors, given: CacheOptions, validate: bool, strict: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a checked call, after the append if there are new keys."""
+    tensors = _in_the_dtype_of_the_cache(tensors)
+    options, operators = _plan(tensors, given)
+    _check_call(tensors, operators, strict)
+    if validate:
+        check_values(tensors, attends=True)
+    q, (k_cache, v_cache), cache_seqlens = tensors.q, tensors[:2], _cache_seqlens(tensors)
+    assert q is not None  # since its shape was checked
+    seqlens_k = cache_seqlens
+    if tensors.k is not None:
+        # FlashAttention-2's rule: where all queries see the same keys, all have the position of the first.
+        rotated = _append(operators, tensors, cache_seqlens, given.rotary_interleaved, not options.is_full)
+        q = q if rotated is None else rotated
+        cu_seqlens = tensors.cu_seqlens_new
+        new = tensors.k.shape[1] if cu_seqlens is None else cu_seqlens[1:] - cu_seqlens[:-1]
+        seqlens_k = cache_seqlens + new
+    slopes = tensors.alibi_slopes
+    window_left, window_right = operator_arguments.window(options)
+    return operators.decode(
+        q,
+        k_cache,
+        v_cache,
+        seqlens_k,
+        tensors.block_table,
+        tensors.cache_batch_idx,
+        tensors.cache_leftpad,
+        tensors.cu_seqlens_q,
+        options.softmax_scale,
+        window_left,
+        window_right,
+        options.softcap,
+        operator_arguments.per_head(
+            slopes.unsqueeze(0) if slopes is not None and slopes.dim() == 1 else slopes
+        ),
+        operator_arguments.per_head(tensors.learnable_sink),
+        given.num_splits,
+        given.batch_invariant,
+    )
+
+
+def append(
+    tensors: CacheTensors, rotary_interleaved: bool, rotate_q_per_position: bool, validate: bool, strict: bool
+) -> Tensor | None:
+    """Write the new keys and values into the cache; the rotated queries, if there are any."""
+    tensors = _in_the_dtype_of_the_cache(tensors)
+    _, operators = _plan(tensors, None)
+    _check_call(tensors, operators, strict)
+    if validate:
+        check_values(tensors, attends=False)
+    return _append(operators, tensors, _cache_seqlens(tensors), rotary_interleaved, rotate_q_per_position)
+
+
+def _append(
+    operators: CacheOperators,
+    tensors: CacheTensors,
+    cache_seqlens: Tensor,
+    interleaved: bool,
+    per_position: bool,
+) -> Tensor | None:
+    rotates_q = tensors.q is not None and tensors.rotary_cos is not None
+    rotated = operators.append_kv(
+        tensors.k_cache,
+        tensors.v_cache,
+        tensors.k,
+        tensors.v,
+        cache_seqlens,
+        tensors.q if rotates_q else None,
+        tensors.rotary_cos,
+        tensors.rotary_sin,
+        interleaved,
+        per_position,
+        tensors.cache_batch_idx,
+        tensors.block_table,
+        tensors.cu_seqlens_new,
+        tensors.cu_seqlens_q if rotates_q else None,
+    )
+    return rotated if rotates_q else None
+
+
+def _in_the_dtype_of_the_cache(tensors: CacheTensors) -> CacheTensors:
+    """Under autocast, queries, keys and values in the dtype that the cache has: it cannot be cast, only written."""
+    cache = tensors.k_cache
+    if not (isinstance(cache, Tensor) and autocast_is_on(cache)):
+        return tensors
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        return x.to(cache.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return tensors._replace(q=cast(tensors.q), k=cast(tensors.k), v=cast(tensors.v))
+
+
+def _check_call(tensors: CacheTensors, operators: CacheOperators, strict: bool) -> None:
+    """What has to be asked in every call."""
+    check_length(tensors)
+    check_no_gradient(tensors)
+    if operators.why_portable:
+        object_to_the_portable_path(operators.why_portable, tensors.k_cache.device.type, strict)
+
+
+def _cache_seqlens(tensors: CacheTensors) -> Tensor:
+    """int32 (B,). A number is filled in on the device: nothing is copied there."""
+    lengths = tensors.cache_seqlens
+    if isinstance(lengths, Tensor):
+        return lengths
+    length = tensors.capacity if lengths is None else lengths
+    return torch.full((tensors.batch,), length, dtype=torch.int32, device=tensors.k_cache.device)
+
+
+Plan = tuple[AttentionOptions, CacheOperators]
+_NO_OPTIONS = AttentionOptions(1.0)
+
+# Bounded, since packed queries may be of another number in every call.
+_PLANS_KEPT = 1024
+_plans: dict[Any, Plan] = {}
+
+
+def _plan(tensors: CacheTensors, given: CacheOptions | None) -> Plan:
+    """Options and operators of a call whose shapes were checked; an append alone has no options.
+
+    Raises:
+        ValueError: for tensors or options that do not fit together.
+    """
+    key = None if is_compiling() else _key(tensors, given)
+    if key is not None:
+        try:
+            return _plans[key]
+        except KeyError:
+            pass
+        except TypeError:  # a list as the window, or symbolic sizes, cannot be hashed
+            key = None
+    check_shapes(tensors)
+    k_cache, v_cache = tensors.k_cache, tensors.v_cache
+    # torch.compile may trace a number as a symbol; asking for its parts makes it a constant of the graph.
+    head_dim, head_dim_v = operator.index(k_cache.shape[-1]), operator.index(v_cache.shape[-1])
+    options = _NO_OPTIONS
+    if given is not None:
+        options = _checked_options(tensors, given, head_dim)
+    plan = options, choose_operators(k_cache.device, k_cache.dtype, head_dim, head_dim_v)
+    if key is not None:
+        if len(_plans) >= _PLANS_KEPT:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _key(tensors: CacheTensors, given: CacheOptions | None) -> Any:
+    """All that the checks of shapes and options look at; None if something is no tensor that should be."""
+    try:
+        return (
+            given,
+            tensors.k_cache.stride(),
+            tensors.v_cache.stride(),
+            *(
+                (x.shape, x.dtype, x.device) if x is not None and not isinstance(x, int) else x is None
+                for x in tensors
+            ),
+        )
+    except AttributeError:
+        return None
+
+
+def _checked_options(tensors: CacheTensors, given: CacheOptions, head_dim: int) -> AttentionOptions:
+    check_splits(given.num_splits, given.batch_invariant)
+    q = tensors.q
+    if tensors.alibi_slopes is not None or tensors.learnable_sink is not None:
+        cu_seqlens = tensors.cu_seqlens_q
+        packed = None if cu_seqlens is None else PackedLayout(cu_seqlens, cu_seqlens)
+        assert q is not None  # since its shape was checked
+        make_modifiers(
+            q, tensors.k_cache, packed, None, None, None, tensors.alibi_slopes, tensors.learnable_sink
+        )
+    scale = given.softmax_scale
+    return make_options(
+        head_dim=head_dim,
+        softmax_scale=None if scale is None else math.ldexp(*math.frexp(float(scale))),
+        causal=given.causal,
+        window_size=given.window_size,
+        softcap=math.ldexp(*math.frexp(float(given.softcap))),
+        dropout_p=0.0,
+        deterministic=False,
+    )

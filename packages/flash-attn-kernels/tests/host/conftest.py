@@ -1,0 +1,61 @@
+"""Compiles sm90_host_functions.cpp, the kernels' own headers as plain C++, and talks to it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from build_support.toolchain import find_nvcc
+
+ROOT = Path(__file__).parents[2]
+Host = Callable[[Sequence[tuple[Any, ...]]], list[Any]]
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """Answers requests, each a function's name and whole numbers, in one run of the program."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc: what kernels compute before they run is compiled with CUDA's headers")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # shared by the workers of one run
+    program = folder / "sm90_host_functions"
+    with Path(folder, "sm90_host_functions.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            _compile(nvcc, program)
+
+    def answer(requests: Sequence[tuple[Any, ...]]) -> list[Any]:
+        lines = "".join(" ".join(map(str, request)) + "\n" for request in requests)
+        finished = subprocess.run([str(program)], input=lines, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stderr
+        return [json.loads(line) for line in finished.stdout.splitlines()]
+
+    return answer
+
+
+def _compile(nvcc: Path, program: Path) -> None:
+    source = Path(__file__).with_name("sm90_host_functions.cpp")
+    command = [
+        str(nvcc),
+        "-std=c++20",
+        "-O1",
+        "-Xcompiler=-pthread",
+        f"-I{ROOT / 'csrc'}",
+        "-o",
+        str(program),
+    ]
+    finished = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        pytest.fail(f"{source.name} does not compile:\n{finished.stdout}{finished.stderr}", pytrace=False)
