@@ -101,6 +101,11 @@ OUT_OF_RANGE: dict[str, dict[str, Any]] = {
     "end of the table": {"block_table": int32([0, 1], [2, 3]), "cache_seqlens": int32(8, 9)},
     "cumulative lengths": {"cu_seqlens_q": int32(0, 3, 999)},
     "padding": {"cache_leftpad": int32(2**31 - 1, -5)},
+    "tokens before the first sequence": {
+        "cu_seqlens_q": int32(2, 3, 8),
+        "cache_seqlens": int32(5, 3),
+        "cache_batch_idx": int32(1, 0),
+    },
     "cumulative lengths that start late": {"cu_seqlens_q": int32(2, 3, 8), "cache_seqlens": int32(5, 3)},
 }
 

@@ -70,10 +70,8 @@ def attend(tensors: CacheTensors, given: CacheOptions, validate: bool, strict: b
         window_left,
         window_right,
         options.softcap,
-        operator_arguments.per_head(
-            slopes.unsqueeze(0) if slopes is not None and slopes.dim() == 1 else slopes
-        ),
-        operator_arguments.per_head(tensors.learnable_sink),
+        slopes.unsqueeze(0) if slopes is not None and slopes.dim() == 1 else slopes,
+        tensors.learnable_sink,
         given.num_splits,
         given.batch_invariant,
     )

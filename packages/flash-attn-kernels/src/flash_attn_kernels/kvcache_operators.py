@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import kvcache_append, kvcache_portable, library
+from . import kvcache_append, kvcache_portable, library, operator_arguments
 from .blockwise_scores import compute_dtype
 from .call import compute_capability
 from .dispatch import KERNEL_DTYPES, MAX_HEAD_DIM
@@ -131,5 +131,80 @@ def _compiled() -> CacheOperators:
 def _register_fakes_once() -> CacheOperators:
     torch.library.register_fake("flash_attn_kernels::append_kv", fake_append_kv)
     torch.library.register_fake("flash_attn_kernels::decode", fake_decode)
-    operators = torch.ops.flash_attn_kernels
-    return CacheOperators(operators.append_kv.default, operators.decode.default, ())
+    return CacheOperators(_compiled_append_kv, _compiled_decode, ())
+
+
+def _compiled_append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_seqlens: Tensor,
+    q: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    interleaved: bool,
+    q_per_position: bool,
+    *layout: Tensor | None,
+) -> Tensor:
+    """The CUDA operator, with tables in the form that it takes."""
+    rotated = torch.ops.flash_attn_kernels.append_kv.default(
+        k_cache,
+        v_cache,
+        k,
+        v,
+        cache_seqlens.contiguous(),
+        q,
+        _contiguous(rotary_cos),
+        _contiguous(rotary_sin),
+        interleaved,
+        q_per_position,
+        *map(_contiguous, layout),
+    )
+    if not torch.compiler.is_compiling():
+        # As every operation in place: a graph that has saved the caches must notice.
+        torch.autograd.graph.increment_version([k_cache, v_cache])
+    return rotated
+
+
+def _compiled_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens_k: Tensor,
+    block_table: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    learnable_sink: Tensor | None,
+    num_splits: int,
+    batch_invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    """The CUDA operator, with tables in the form that it takes."""
+    return torch.ops.flash_attn_kernels.decode.default(
+        q,
+        k_cache,
+        v_cache,
+        seqlens_k.contiguous(),
+        _contiguous(block_table),
+        _contiguous(cache_batch_idx),
+        _contiguous(cache_leftpad),
+        _contiguous(cu_seqlens_q),
+        softmax_scale,
+        window_left,
+        window_right,
+        softcap,
+        operator_arguments.per_head(alibi_slopes),
+        operator_arguments.per_head(learnable_sink),
+        num_splits,
+        batch_invariant,
+    )
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
