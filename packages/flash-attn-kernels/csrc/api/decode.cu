@@ -13,6 +13,7 @@
 #include <tuple>
 #include <utility>
 
+#include "../attention/decode/grid.h"
 #include "../attention/decode/launch.h"
 #include "allocate.h"
 #include "attention_arguments.h"
@@ -58,6 +59,7 @@ CacheLayout cache_layout(const Operand& k_cache, const Operand& v_cache, const T
   cache.entries = index_data("cache_batch_idx", cache_batch_idx, batch);
   cache.page_size = static_cast<int>(k_cache.size(1));
   cache.capacity = cache.page_size;
+  cache.pages = static_cast<int>(k_cache.size(0));
   if (block_table.has_value()) {
     const Tensor& table = *block_table;
     STD_TORCH_CHECK(table.is_cuda() && table.scalar_type() == ScalarType::Int && table.dim() == 2 &&
@@ -65,6 +67,7 @@ CacheLayout cache_layout(const Operand& k_cache, const Operand& v_cache, const T
                     "block_table: must be int32 (entries, pages) with contiguous rows");
     cache.page_table = static_cast<const int*>(table.data_ptr());
     cache.page_table_stride = table.stride(0);
+    cache.page_entries = static_cast<int>(table.size(0));
     cache.capacity = static_cast<int>(std::min<int64_t>(table.size(1) * k_cache.size(1), Window::kUnbounded - 1));
   }
   return cache;
@@ -154,6 +157,7 @@ std::tuple<Tensor, Tensor> decode_forward(Tensor q_given, Tensor k_cache_given, 
   const int64_t rows = q.size(dim - 3), heads = q.size(dim - 2), kv_heads = k_cache.size(2);
   const int64_t head_dim = q.size(dim - 1), head_dim_v = v_cache.size(3);
   STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "q: heads must be a multiple of the heads of k_cache");
+  STD_TORCH_CHECK(rows * (heads / kv_heads) < Window::kUnbounded, "q: rows of one key-value head must be below 2^30");
   STD_TORCH_CHECK(k_cache.size(3) == head_dim && head_dim <= kMaxHeadDim && head_dim_v <= kMaxHeadDim &&
                       head_dim % 8 == 0 && head_dim_v % 8 == 0,
                   "head dims: must be equal for q and k_cache, multiples of 8 and at most ", kMaxHeadDim);
@@ -194,37 +198,24 @@ std::tuple<Tensor, Tensor> decode_forward(Tensor q_given, Tensor k_cache_given, 
 
   decode::with_decode_config(
       params.shape.head_dim, params.shape.head_dim_v, target.shared_bytes_per_block, [&]<typename Config>(Config) {
-        const int64_t item_rows = rows * params.shape.heads_per_kv_head;
-        const int64_t row_tiles =
-            packed ? item_rows / Config::kRows + batch + 1 : batch * ((item_rows + Config::kRows - 1) / Config::kRows);
-        const int64_t items = row_tiles * kv_heads;
-        const int64_t key_tiles = (params.cache.capacity + Config::kColumns - 1) / Config::kColumns;
-        params.num_splits = static_cast<int>(std::min<int64_t>(num_splits, INT_MAX));
-        params.blocks_at_once = target.multiprocessors;
-        int64_t blocks = params.blocks_at_once, slots = 2 * blocks + 1;
-        if (batch_invariant) {
-          constexpr int64_t kMostParts = 16, kLeastTilesOfPart = 32;
-          params.num_splits = 0;
-          params.tiles_per_part =
-              static_cast<int>(std::max((key_tiles + kMostParts - 1) / kMostParts, kLeastTilesOfPart));
-          slots = blocks = items * ((key_tiles + params.tiles_per_part - 1) / params.tiles_per_part + 1);
-        } else if (num_splits > 0) {
-          slots = blocks = items * std::min<int64_t>(num_splits, std::max<int64_t>(key_tiles, 1));
-        }
-        if (items == 0) return;
+        const decode::DecodeGrid grid =
+            decode::decode_grid<Config>(params, num_splits, batch_invariant, target.multiprocessors);
+        if (grid.items == 0) return;
         ScratchLayout layout;
-        const bool has_parts = num_splits != 1 || batch_invariant;
-        const int64_t finished = layout.add(has_parts ? items : 0);
-        const int64_t lse_partial = layout.add(has_parts ? slots * Config::kRows : 0);
-        const int64_t out_partial = layout.add(has_parts ? slots * Config::kRows * Config::kHeadDimV : 0);
+        const bool has_parts = grid.slots > 0;
+        const int64_t finished = layout.add(has_parts ? grid.items : 0);
+        const int64_t lse_partial = layout.add(grid.slots * Config::kRows);
+        const int64_t out_partial = layout.add(grid.slots * Config::kRows * Config::kHeadDimV);
         const Tensor scratch = new_tensor(q, {std::max<int64_t>(layout.bytes(), 1)}, ScalarType::Byte);
         char* base = static_cast<char*>(scratch.data_ptr());
         params.finished_parts = reinterpret_cast<int*>(base + finished);
         params.lse_partial = reinterpret_cast<float*>(base + lse_partial);
         params.out_partial = reinterpret_cast<float*>(base + out_partial);
-        if (has_parts) FLASH_ATTN_CUDA_CHECK(cudaMemsetAsync(base + finished, 0, items * sizeof(int), target.stream));
+        if (has_parts) {
+          FLASH_ATTN_CUDA_CHECK(cudaMemsetAsync(base + finished, 0, grid.items * sizeof(int), target.stream));
+        }
         for_element(q, [&]<typename Element>(Element) {
-          decode::launch_decode<Element, Config::kHeadDim>(params, blocks, target);
+          decode::launch_decode<Element, Config::kHeadDim>(params, grid.blocks, target);
         });
       });
   return {out, lse};

@@ -1,4 +1,4 @@
-"""Compiles sm90_host_functions.cpp, the kernels' own headers as plain C++, and talks to it."""
+"""Compiles programs of the kernels' own headers as plain C++, and talks to them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,28 @@ Host = Callable[[Sequence[tuple[Any, ...]]], list[Any]]
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
-    """Answers requests, each a function's name and whole numbers, in one run of the program."""
+    """The Hopper forward: answers requests, each a function's name and whole numbers, in one run of the program."""
+    return _program(tmp_path_factory, "sm90_host_functions")
+
+
+@pytest.fixture(scope="session")
+def decode_host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """Likewise inference attention."""
+    return _program(tmp_path_factory, "decode_host_functions")
+
+
+def _program(tmp_path_factory: pytest.TempPathFactory, name: str) -> Host:
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc: what kernels compute before they run is compiled with CUDA's headers")
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # shared by the workers of one run
-    program = folder / "sm90_host_functions"
-    with Path(folder, "sm90_host_functions.lock").open("w") as lock:
+    program = folder / name
+    with Path(folder, f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not program.exists():
-            _compile(nvcc, program)
+            _compile(nvcc, Path(__file__).with_name(f"{name}.cpp"), program)
 
     def answer(requests: Sequence[tuple[Any, ...]]) -> list[Any]:
         lines = "".join(" ".join(map(str, request)) + "\n" for request in requests)
@@ -45,17 +55,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     return answer
 
 
-def _compile(nvcc: Path, program: Path) -> None:
-    source = Path(__file__).with_name("sm90_host_functions.cpp")
-    command = [
-        str(nvcc),
-        "-std=c++20",
-        "-O1",
-        "-Xcompiler=-pthread",
-        f"-I{ROOT / 'csrc'}",
-        "-o",
-        str(program),
-    ]
+def _compile(nvcc: Path, source: Path, program: Path) -> None:
+    command = [str(nvcc), "-std=c++20", "-O1", f"-I{ROOT / 'csrc'}", "-o", str(program)]
     finished = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         pytest.fail(f"{source.name} does not compile:\n{finished.stdout}{finished.stderr}", pytrace=False)

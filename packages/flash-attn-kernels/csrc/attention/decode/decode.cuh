@@ -25,16 +25,11 @@ struct KeyPlaces {
   int page;  // or entry of the cache; -1: there is no such key
   int slot;
 
-  __device__ __forceinline__ KeyPlaces(const CacheLayout& cache, const DecodeSequence& sequence, int entry, int key) {
-    page = -1, slot = 0;
-    if (key < sequence.leftpad || key >= sequence.keys) return;
-    if (cache.page_table == nullptr) {
-      page = entry, slot = key;
-    } else {
-      const int number = key / cache.page_size;
-      page = cache.page_table[entry * cache.page_table_stride + number];
-      slot = key - number * cache.page_size;
-    }
+  __device__ __forceinline__ KeyPlaces(const CacheLayout& cache, const DecodeSequence& sequence, int entry, int key)
+      : page(-1), slot(0) {
+    if (key < sequence.first_key || key > sequence.last_key) return;
+    const CachePlace place(cache, entry, key);
+    page = place.page, slot = place.slot;
   }
 };
 
@@ -125,7 +120,8 @@ struct Normalised {
 // Keys [tile_begin, tile_end) of one item: the unnormalised output, maxima and sums of every warp go to the buffer.
 template <typename Element, typename Config>
 __device__ __forceinline__ void attend(const DecodeParams& params, const Piece& piece, const DecodeSequence& sequence,
-                                       uint8_t* shared, const MergeBuffer<Config>& buffer) {
+                                       uint8_t* shared, uint32_t (&visible_keys)[Config::kWarps][Config::kStages],
+                                       const MergeBuffer<Config>& buffer) {
   using KeyTile = typename Config::KeyTile;
   using ValueTile = typename Config::ValueTile;
   constexpr int kOutTiles = Config::kHeadDimV / 8;
@@ -161,11 +157,13 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Piece& 
   const auto places_of = [&](int step) {
     return KeyPlaces(cache, sequence, entry,
                      step < steps ? (piece.tile_begin + step) * Config::kColumns + warp * Config::kWarpKeys + lane % 16
-                                  : sequence.keys);
+                                  : sequence.last_key + 1);
   };
   const auto load = [&](int step, const KeyPlaces& places) {
     if (step < steps) {
       const int stage = step % Config::kStages;
+      const unsigned exist = __ballot_sync(0xffffffffu, places.page >= 0);
+      if (lane == 0) visible_keys[warp][stage] = exist;
       load_rows_async(key_tile(stage), cache.k, places, piece.kv_head, params.shape.head_dim, lane);
       load_rows_async(value_tile(stage), cache.v, places, piece.kv_head, params.shape.head_dim_v, lane);
     }
@@ -182,7 +180,7 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Piece& 
 
   const ItemRow rows[2] = {ItemRow(params, sequence, piece.kv_head, first_row + lane / 4),
                            ItemRow(params, sequence, piece.kv_head, first_row + lane / 4 + 8)};
-  const int shift = params.window.top_left ? 0 : sequence.keys - sequence.queries;
+  const int shift = sequence.shift;
   const LaneOffsets lanes(lane);
   float out[1][kOutTiles][4];
   sm80::clear(out);
@@ -206,6 +204,7 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Piece& 
     } else {
       for_each_element<1, 2>([&](int i, int j, int e) { scores[i][j][e] *= params.softmax_scale_log2; });
     }
+    const uint32_t exist = visible_keys[warp][stage] >> (2 * (lane % 4));
     for_each_element<1, 2>([&](int i, int j, int e) {
       const ItemRow& row = rows[e / 2];
       const int key = column + 8 * j + e % 2, diagonal = row.query + shift;
@@ -214,9 +213,8 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Piece& 
         const float slope = params.alibi_slopes[piece.index * params.alibi_batch_stride + row.head] * kLog2e;
         score = fmaf(-slope, static_cast<float>(abs(diagonal - key)), score);
       }
-      const int first = max(sequence.leftpad, diagonal - params.window.left);
-      const int last = min(sequence.keys - 1, diagonal + params.window.right);
-      if (key < first || key > last) score = -INFINITY;
+      const bool exists = (exist >> (8 * j + e % 2)) & 1;
+      if (!exists || key < diagonal - params.window.left || key > diagonal + params.window.right) score = -INFINITY;
     });
     softmax.template update<true>(scores, out, 1.f);
     sm80::warp_gemm<Element, 1, 1>(out, sm80::RegisterOperand<Element, 1, 2>{scores},
@@ -332,12 +330,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
     decode_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ bool is_last;
+  __shared__ uint32_t visible_keys[Config::kWarps][Config::kStages];  // one bit for each key of a warp's tile
   const MergeBuffer<Config> buffer(shared + Config::QueryTile::kBytes);
   DecodePlan<Config> plan(params, blockIdx.x);
   Piece piece;
   while (plan.next(piece)) {
     const DecodeSequence sequence(params, piece.index, Config::kRows, Config::kColumns);
-    attend<Element>(params, piece, sequence, shared, buffer);
+    attend<Element>(params, piece, sequence, shared, visible_keys, buffer);
     merge_warps<Element>(params, piece, sequence, buffer);
     if (piece.parts > 1) {
       __threadfence();

@@ -1,4 +1,4 @@
-// What the host passes to the decode kernel: attention of few queries to many cached keys.
+// What the host passes to the kernels of inference attention: of few queries to many cached keys.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,27 @@ struct CacheLayout {
   const int* page_table;
   int64_t page_table_stride;
   int page_size;
-  int capacity;  // rows that an entry has room for
+  int capacity;      // rows that an entry has room for
+  int pages;         // that there are, or entries without a page table
+  int page_entries;  // rows of the page table
+};
+
+// Where a key of an entry lies. Entries and pages that do not exist, as bad tables may name, have no place: what is
+// there is not written and not visible.
+struct CachePlace {
+  int page;  // or entry; -1 is none
+  int slot;
+
+  __host__ __device__ __forceinline__ CachePlace(const CacheLayout& cache, int entry, int key)
+      : page(entry), slot(key) {
+    if (cache.page_table != nullptr) {
+      const int number = key / cache.page_size;
+      slot = key - number * cache.page_size;
+      page = entry >= 0 && entry < cache.page_entries ? cache.page_table[entry * cache.page_table_stride + number] : -1;
+    }
+    if (page >= cache.pages) page = -1;
+    if (page < 0) page = -1;
+  }
 };
 
 struct DecodeParams {
@@ -41,6 +61,24 @@ struct DecodeParams {
   float* out_partial;   // (slots, rows, head dim of v), normalised
   float* lse_partial;   // (slots, rows), base 2
   int* finished_parts;  // (items), zeroed
+};
+
+enum class NumberType : int { kHalf, kBFloat16, kFloat };
+
+// New rows of keys and values for the cache, and queries that are rotated on the way.
+struct AppendParams {
+  int batch;
+  RowLayout added, queries;  // rows of k and v, and of q
+  int kv_heads, heads;       // heads is 0 without queries
+  int head_dim, head_dim_v;
+  TensorView k, v, q, q_out;
+  CacheLayout cache;  // lengths are those before
+  const void* cos;    // (rows, rotary_dim / 2), null without rotation
+  const void* sin;
+  NumberType rotary_type;
+  int rotary_rows, rotary_dim;
+  bool interleaved;     // element 2 i turns with 2 i + 1, not i with i + rotary_dim / 2
+  bool q_per_position;  // query i is turned as the key at its position, not all as the first
 };
 
 }  // namespace flash_attn::decode

@@ -34,7 +34,9 @@ __device__ __forceinline__ int sequence_count(const DecodeParams& params) {
 
 // One sequence: its rows, and its tiles of keys that some query sees.
 struct DecodeSequence {
-  int first_query, queries, keys, leftpad;
+  int first_query, queries;
+  int first_key, last_key;  // that some query sees
+  int shift;                // the key on whose diagonal query 0 lies
   int row_tiles;
   int tile_begin, tile_end;
 
@@ -42,14 +44,17 @@ struct DecodeSequence {
     const int batch = params.shape.batch;
     first_query = first_row(params.queries, index);
     queries = stored_rows(params.queries, batch, index);
-    keys = index == batch ? 0 : min(max(params.cache.lengths[index], 0), params.cache.capacity);
-    leftpad = params.cache.leftpad == nullptr || index == batch ? 0 : min(max(params.cache.leftpad[index], 0), keys);
+    const int keys = index == batch ? 0 : min(max(params.cache.lengths[index], 0), params.cache.capacity);
+    const int leftpad =
+        params.cache.leftpad == nullptr || index == batch ? 0 : min(max(params.cache.leftpad[index], 0), keys);
+    // What the cache has no room for is not there, but counts for the alignment.
+    const int length = index == batch ? 0 : min(max(params.cache.lengths[index], 0), Window::kUnbounded);
+    shift = params.window.top_left ? 0 : length - queries;
     row_tiles = ceil_div(queries * params.shape.heads_per_kv_head, tile_rows);
-    const int shift = params.window.top_left ? 0 : keys - queries;
-    const int first = max(leftpad, shift - params.window.left),
-              last = min(keys - 1, queries - 1 + shift + params.window.right);
-    tile_begin = first / tile_keys;
-    tile_end = last < first ? tile_begin : last / tile_keys + 1;
+    first_key = max(leftpad, shift - params.window.left);
+    last_key = min(keys - 1, queries - 1 + shift + params.window.right);
+    tile_begin = first_key / tile_keys;
+    tile_end = last_key < first_key ? tile_begin : last_key / tile_keys + 1;
   }
 
   __device__ __forceinline__ int tiles() const { return tile_end - tile_begin; }

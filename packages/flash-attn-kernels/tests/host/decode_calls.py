@@ -1,0 +1,86 @@
+"""Calls of attention on a cache, made at random, and what they mean."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+TILE_ROWS = 16
+
+
+@dataclass
+class Call:
+    """`cu_seqlens` is empty for dense queries, `leftpad` without; sides of the window are -1 without a bound."""
+
+    heads: int
+    group: int
+    rows: int  # of q, all together if they are packed
+    capacity: int
+    left: int
+    right: int
+    lengths: list[int]
+    leftpad: list[int] = field(default_factory=list)
+    cu_seqlens: list[int] = field(default_factory=list)
+    num_splits: int = 0
+    batch_invariant: bool = False
+    multiprocessors: int = 132
+
+    def numbers(self) -> list[int]:
+        lists = [[len(x), *x] for x in (self.lengths, self.leftpad, self.cu_seqlens)]
+        first = [self.heads, self.group, self.rows, self.capacity, self.left, self.right]
+        last = [self.num_splits, int(self.batch_invariant), self.multiprocessors]
+        return [*first, *itertools.chain.from_iterable(lists), *last]
+
+    @property
+    def sequences(self) -> range:
+        """With what packed rows behind the last one form."""
+        return range(len(self.lengths) + (1 if self.cu_seqlens else 0))
+
+    def queries(self, index: int) -> tuple[int, int]:
+        """First and number, in the tensor or, if dense, in the sequence's matrix."""
+        if not self.cu_seqlens:
+            return 0, self.rows
+        begin, end = [*self.cu_seqlens, self.rows][index : index + 2]
+        return begin, end - begin
+
+    def mask(self, index: int) -> Tensor:
+        """(queries, keys that there is room for) of a sequence: what is visible."""
+        _, count = self.queries(index)
+        length = max(self.lengths[index], 0) if index < len(self.lengths) else 0  # which windows are aligned by
+        pad = self.leftpad[index] if self.leftpad and index < len(self.lengths) else 0
+        queries, keys = torch.arange(count)[:, None], torch.arange(self.capacity)[None, :]
+        distance = keys - (queries + length - count)
+        visible = ((keys >= pad) & (keys < length)).expand(count, -1)  # the cache ends at its capacity
+        if self.left >= 0:
+            visible = visible & (distance >= -self.left)
+        if self.right >= 0:
+            visible = visible & (distance <= self.right)
+        return visible
+
+
+def a_call(batch: int, group: int, kv_heads: int, capacity: int, most_queries: int) -> Call:
+    """Of any kind but for num_splits and the like."""
+    edges = (0, 1, capacity, capacity + 5, -3)
+    lengths = [
+        random.choice([*edges, *(random.randint(0, capacity) for _ in "123456")]) for _ in range(batch)
+    ]
+    call = Call(
+        heads=group * kv_heads,
+        group=group,
+        rows=random.randint(1, most_queries),
+        capacity=capacity,
+        left=random.choice((-1, -1, 0, 5, 70, capacity)),
+        right=random.choice((-1, 0, 0, 1, 70)),
+        lengths=lengths,
+    )
+    if random.randrange(2):
+        call.leftpad = [random.randint(0, random.choice((1, 70, capacity))) for _ in lengths]
+    if random.randrange(2):
+        counts = [random.choice((0, 1, random.randint(0, most_queries))) for _ in lengths]
+        call.cu_seqlens = [0, *torch.tensor(counts).cumsum(0).tolist()]
+        call.rows = call.cu_seqlens[-1] + random.choice((0, 0, 3, 40))
+    return call
