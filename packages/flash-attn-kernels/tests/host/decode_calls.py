@@ -50,11 +50,12 @@ class Call:
     def mask(self, index: int) -> Tensor:
         """(queries, keys that there is room for) of a sequence: what is visible."""
         _, count = self.queries(index)
-        length = max(self.lengths[index], 0) if index < len(self.lengths) else 0  # which windows are aligned by
+        # Windows are aligned by the whole length, also where the cache ends before.
+        length = max(self.lengths[index], 0) if index < len(self.lengths) else 0
         pad = self.leftpad[index] if self.leftpad and index < len(self.lengths) else 0
         queries, keys = torch.arange(count)[:, None], torch.arange(self.capacity)[None, :]
         distance = keys - (queries + length - count)
-        visible = ((keys >= pad) & (keys < length)).expand(count, -1)  # the cache ends at its capacity
+        visible = ((keys >= pad) & (keys < length)).expand(count, -1)
         if self.left >= 0:
             visible = visible & (distance >= -self.left)
         if self.right >= 0:
