@@ -17,7 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contestants import OURS, available, flash2_varlen, run
-from flash_attn_kernels import explain, flash_attn_func, flash_attn_varlen_func
+from flash_attn_kernels import (
+    explain,
+    explain_kvcache,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -57,6 +63,36 @@ def varlen_calls(requires_grad: bool) -> tuple[Calls, str]:
     return calls, explain(*leaves, causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens).path
 
 
+def cache_calls(appends: bool, rotates: bool) -> Callable[[bool], tuple[Calls, str]]:
+    """As :func:`dense_calls`, for one query to a cache; SDPA has nothing to append with."""
+
+    def make(requires_grad: bool) -> tuple[Calls, str]:
+        shape = BATCH, SEQLEN, HEADS, HEAD_DIM
+        k_cache, v_cache, *_ = random_leaves(*shape, requires_grad=requires_grad)
+        q, k, v = random_leaves(BATCH, 1, HEADS, HEAD_DIM, requires_grad=requires_grad)
+        lengths = torch.full((BATCH,), SEQLEN // 2, dtype=torch.int32, device="cuda")
+        new: dict[str, Tensor] = {"k": k, "v": v} if appends else {}
+        if rotates:
+            new |= dict(
+                zip(
+                    ("rotary_cos", "rotary_sin"),
+                    torch.randn(2, SEQLEN, HEAD_DIM // 2, device="cuda"),
+                    strict=True,
+                )
+            )
+        calls: Calls = {
+            OURS: lambda: flash_attn_with_kvcache(
+                q, k_cache, v_cache, cache_seqlens=lengths, causal=True, strict=True, **new
+            )
+        }
+        if not appends:
+            peer = [x.transpose(1, 2) for x in (q, k_cache, v_cache)]
+            calls["flash2"] = lambda: F.scaled_dot_product_attention(*peer)
+        return calls, explain_kvcache(k_cache, v_cache).path
+
+    return make
+
+
 def with_backward(calls: Calls) -> Calls:
     """Forward and backward, through ``out.backward`` as training does, with gradients added to the leaves'."""
 
@@ -75,6 +111,9 @@ CASES: dict[str, tuple[Callable[[bool], tuple[Calls, str]], bool, bool]] = {
     "varlen-forward": (varlen_calls, True, False),
     "varlen-forward-no-grad": (varlen_calls, False, False),
     "varlen-forward-backward": (varlen_calls, True, True),
+    "cache": (cache_calls(appends=False, rotates=False), False, False),
+    "cache-append": (cache_calls(appends=True, rotates=False), False, False),
+    "cache-append-rotary": (cache_calls(appends=True, rotates=True), False, False),
 }
 
 

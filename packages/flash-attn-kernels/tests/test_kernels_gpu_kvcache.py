@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "rows, dense": {"batch_idx": True, "dense": True},
     "pages of 1": {"page_size": 1},
     "pages of 3": {"page_size": 3, "shared_pages": 2},
-    "pages of 16": {"page_size": 16, "shared_pages": 1},
+    "pages of 16": {"page_size": 16, "shared_pages": 1, "lengths": (300, 19, 131, 64)},
     "pages of 256": {"page_size": 256},
     "pages and rows": {"page_size": 4, "batch_idx": True, "shared_pages": 1},
     "padded rows": {"leftpad": True, "batch_idx": True, "dense": True},
@@ -145,6 +146,87 @@ def test_long_caches(page_size: int | None) -> None:
         "cuda",
         strict=True,
     )  # fmt: skip
+
+
+def kernels_of(call: Callable[[], Any]) -> set[str]:
+    """The namespaces of the attention kernels that a call starts."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if "flash_attn::" in event.name]
+    assert names, "the profiler saw no attention kernel"
+    return {path for path in ("decode", "sm80", "sm90") for name in names if f"::{path}::" in name}
+
+
+LONG: dict[str, dict[str, Any]] = {
+    "contiguous": {},
+    "entries": {"cache_batch_idx": [2, 0, 3]},
+    "pages": {"page_size": 16},
+    "pages of 5 and entries": {"page_size": 5, "cache_batch_idx": [1, 3, 0]},
+    "packed": {"cu_seqlens_q": [0, 170, 171, 400]},
+    "packed, pages": {"cu_seqlens_q": [0, 170, 171, 400], "page_size": 64},
+    "alibi": {"alibi_slopes": True},
+    "window, softcap and sink": {"window_size": (100, 3), "softcap": 2.0, "learnable_sink": True},
+}
+
+
+@pytest.mark.parametrize("appends", [False, True])
+@pytest.mark.parametrize("name", LONG)
+def test_long_queries_take_the_kernels_for_training(name: str, appends: bool) -> None:
+    """What they compute is what the decode kernel computes: the same keys, masks and pages, also bad ones."""
+    options = {"causal": True, **LONG[name]}
+    B, entries, S, H, Hk, D = 3, 4, 640, 16, 2, 64
+    page_size, cu_seqlens = options.pop("page_size", None), options.pop("cu_seqlens_q", None)
+    k_cache, v_cache = _cache(entries, S, Hk, D)
+    if page_size is not None:
+        pages = S // page_size
+        table = torch.randperm(entries * pages, device="cuda").to(torch.int32).view(entries, pages)
+        table[0, 3], table[1, 2], table[3, 7] = -1, 10**6, entries * pages  # pages that do not exist
+        k_cache, v_cache = (x.view(-1, page_size, Hk, D) for x in (k_cache, v_cache))
+        options["block_table"] = table
+    if "cache_batch_idx" in options:
+        options["cache_batch_idx"] = torch.tensor(
+            options["cache_batch_idx"], dtype=torch.int32, device="cuda"
+        )
+    elif page_size is not None:
+        options["block_table"] = options["block_table"][:B]
+    else:
+        k_cache, v_cache = k_cache[:B], v_cache[:B]
+    if cu_seqlens is not None:
+        options["cu_seqlens_q"] = torch.tensor(cu_seqlens, dtype=torch.int32, device="cuda")
+    for modifier in ("alibi_slopes", "learnable_sink"):
+        if modifier in options:
+            options[modifier] = torch.rand(H, device="cuda")
+    tokens = (B, 130) if cu_seqlens is None else (cu_seqlens[-1] + 7,)
+    q, k, v = (torch.randn(*tokens, h, D, device="cuda", dtype=torch.bfloat16) for h in (H, Hk, Hk))
+    lengths = [300, 20, 500] if not appends else [170, 20, 300]
+    options["cache_seqlens"] = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    if appends:
+        options |= {"k": k, "v": v}
+        options |= dict(
+            zip(("rotary_cos", "rotary_sin"), torch.randn(2, S, D // 4, device="cuda"), strict=True)
+        )
+
+    def call(num_splits: int) -> tuple[torch.Tensor, ...]:
+        caches = k_cache.clone(), v_cache.clone()
+        result = flash_attn_with_kvcache(
+            q, *caches, num_splits=num_splits, return_softmax_lse=True, strict=True, **options
+        )
+        return *result, *caches
+
+    by_sm90 = torch.cuda.get_device_capability()[0] == 9 and not (
+        {"block_table", "cache_batch_idx", "alibi_slopes"} & set(options)
+    )
+    assert kernels_of(lambda: call(0)) - {"decode"} == {"sm90" if by_sm90 else "sm80"}
+    assert kernels_of(lambda: call(1)) == {"decode"}
+    out, lse, *caches = call(0)
+    expected_out, expected_lse, *expected_caches = call(1)
+    for found, expected in zip(caches, expected_caches, strict=True):
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(out, expected_out, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse, expected_lse, atol=2e-3, rtol=1e-4)
+    assert torch.equal(call(0)[0], out)
 
 
 def test_operators_compile() -> None:

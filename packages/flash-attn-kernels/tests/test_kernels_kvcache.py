@@ -272,8 +272,6 @@ def test_memory_is_linear(mode: tuple[int, bool]) -> None:
     q, cache = torch.ones(1, S, 1, 64), torch.ones(S // 16, 16, 1, 64)
     table = torch.arange(S // 16, dtype=torch.int32).unsqueeze(0)
     with LargestTensor():
-        kvcache_portable.decode(
-            q, cache, cache, int32(S), table, None, None, None, 0.1, -1, 0, 0.0, None, None, *mode
-        )
+        kvcache_portable.decode(q, cache, cache, int32(S), 0.1, -1, 0, 0.0, *mode, block_table=table)
     copies = max(mode[0], 1) + 0.1  # partial results of each split; a block of queries more
     assert largest <= copies * q.numel() * q.element_size()

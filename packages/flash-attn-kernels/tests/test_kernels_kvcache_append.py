@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from flash_attn_kernels import append_kv, flash_attn_with_kvcache, kvcache_operators, library
+from flash_attn_kernels import (
+    append_kv,
+    explain_kvcache,
+    flash_attn_with_kvcache,
+    kvcache_operators,
+    library,
+)
 from flash_attn_kernels.testing import assert_within_reference_error
 from flash_attn_kernels.testing.cache_case import rotary_by_complex_numbers
 from torch import Tensor
@@ -284,7 +290,7 @@ def test_opcheck_of_the_append(layout: str, with_q: bool) -> None:
         (
             x["k_cache"], x["v_cache"], x["k"], x["v"], x["cache_seqlens"], x["q"] if with_q else None,
             x["rotary_cos"] if with_q else None, x["rotary_sin"] if with_q else None, True, True,
-            x.get("cache_batch_idx"), x.get("block_table"), cu_seqlens, cu_seqlens if with_q else None,
+            x.get("block_table"), x.get("cache_batch_idx"), cu_seqlens if with_q else None, cu_seqlens,
         ),
     )  # fmt: skip
 
@@ -297,11 +303,37 @@ def test_opcheck_of_the_attention(layout: str, batch_invariant: bool) -> None:
     torch.library.opcheck(
         operators.decode,
         (
-            x["q"], x["k_cache"], x["v_cache"], x["cache_seqlens"] + 1, x.get("block_table"),
-            x.get("cache_batch_idx"), x.get("cache_leftpad"), x.get("cu_seqlens_q"), 0.3, 5, 0, 1.0,
-            torch.ones(1, 4), torch.ones(4), 0, batch_invariant,
+            x["q"], x["k_cache"], x["v_cache"], x["cache_seqlens"] + 1, 0.3, 5, 0, 1.0, 0, batch_invariant,
+            x.get("block_table"), x.get("cache_batch_idx"), x.get("cu_seqlens_q"), x.get("cache_leftpad"),
+            torch.ones(1, 4), torch.ones(4),
         ),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["dense", "paged"])
+def test_opcheck_of_both_together(layout: str) -> None:
+    x = arguments(layout)
+    cu_seqlens = x.get("cu_seqlens_q")
+    operators = kvcache_operators.choose_operators(torch.device("cpu"), torch.float32, 8, 10)
+    torch.library.opcheck(
+        operators.append_and_decode,
+        (
+            x["q"], x["k_cache"], x["v_cache"], x["cache_seqlens"], x["k"], x["v"], 0.3, 5, 0, 1.0, 0, False,
+            x["rotary_cos"], x["rotary_sin"], True, x.get("block_table"), x.get("cache_batch_idx"), cu_seqlens,
+            cu_seqlens, x.get("cache_leftpad"), torch.ones(1, 4), torch.ones(4),
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", kvcache_operators.SCHEMAS)
+def test_portable_operators_have_the_signatures_of_the_compiled_ones(name: str) -> None:
+    error = library.load_error()
+    if error is not None:
+        pytest.skip(error)
+    portable, compiled = (
+        str(getattr(torch.ops.flash_attn_kernels, x).default._schema) for x in (f"portable_{name}", name)
+    )
+    assert portable.replace("portable_", "") == compiled
 
 
 def call_and_caches(function: Any, x: dict[str, Any]) -> list[Tensor]:
@@ -400,7 +432,7 @@ def test_exports() -> None:
     three = [torch.cat([x] * 3, dim=1) for x in (q, k, v)]
     exported = torch.export.export(traced, (*three, int32(0, 0)), dynamic_shapes=sizes)
     names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
-    assert any("portable_decode" in name for name in names)
+    assert any("portable_append_and_decode" in name for name in names)
     module = exported.module()
     for step, tensors in enumerate(([q, k, v], three, [q, k, v])):
         lengths = int32(2 * step, 3 * step)
@@ -454,3 +486,12 @@ def test_autocast_takes_the_dtype_of_the_cache() -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(wide, call_and_caches(flash_attn_with_kvcache, x), strict=True)
     )
+
+
+def test_explain_says_why_a_cache_runs_portably() -> None:
+    k_cache = torch.zeros(2, 8, 2, 12, dtype=torch.float64)
+    explanation = explain_kvcache(k_cache, k_cache)
+    assert explanation.path == "portable"
+    assert "tensors are on cpu, the CUDA kernels need an NVIDIA GPU" in str(explanation)
+    with pytest.raises(ValueError, match=r"v_cache: got dtype torch.float32"):
+        explain_kvcache(k_cache, k_cache.float())

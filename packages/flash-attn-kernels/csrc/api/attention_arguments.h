@@ -101,11 +101,30 @@ inline const int* index_data(const char* name, const std::optional<Tensor>& x, i
   return static_cast<const int*>(x->data_ptr());
 }
 
-inline Window window_of(const AttentionArguments& arguments) {
-  const auto side = [](int64_t size) {
-    return size < 0 || size > Window::kUnbounded ? Window::kUnbounded : static_cast<int>(size);
-  };
-  return {side(arguments.window_left), side(arguments.window_right), arguments.top_left};
+// Of a window; negative sizes are unbounded.
+inline int window_side(int64_t size) {
+  return size < 0 || size > Window::kUnbounded ? Window::kUnbounded : static_cast<int>(size);
+}
+
+// Null without slopes.
+inline const float* alibi_slopes_data(const std::optional<Tensor>& slopes, const ProblemShape& shape,
+                                      int64_t& batch_stride) {
+  if (!slopes.has_value()) return nullptr;
+  STD_TORCH_CHECK(slopes->is_cuda() && slopes->scalar_type() == ScalarType::Float && slopes->dim() == 2 &&
+                      slopes->is_contiguous() && slopes->size(1) == shape.heads &&
+                      (slopes->size(0) == 1 || slopes->size(0) == shape.batch),
+                  "alibi_slopes: must be contiguous float32 (1 or batch, heads)");
+  batch_stride = slopes->size(0) == 1 ? 0 : shape.heads;
+  return static_cast<const float*>(slopes->data_ptr());
+}
+
+// Null without a sink.
+inline const float* learnable_sink_data(const std::optional<Tensor>& sink, int64_t heads) {
+  if (!sink.has_value()) return nullptr;
+  STD_TORCH_CHECK(sink->is_cuda() && sink->scalar_type() == ScalarType::Float && sink->is_contiguous() &&
+                      sink->dim() == 1 && sink->size(0) == heads,
+                  "learnable_sink: must be contiguous float32 (heads)");
+  return static_cast<const float*>(sink->data_ptr());
 }
 
 // A tensor broadcastable to (batch, heads, rows, columns) that has all four dimensions.
@@ -129,15 +148,7 @@ inline ModifierParams modifier_params(const AttentionArguments& arguments, const
   ModifierParams params{};
   params.softcap = static_cast<float>(arguments.softcap);
   params.keep_scale = 1.f;
-  if (arguments.alibi_slopes.has_value()) {
-    const Tensor& slopes = *arguments.alibi_slopes;
-    STD_TORCH_CHECK(slopes.is_cuda() && slopes.scalar_type() == ScalarType::Float && slopes.dim() == 2 &&
-                        slopes.is_contiguous() && slopes.size(1) == shape.heads &&
-                        (slopes.size(0) == 1 || slopes.size(0) == shape.batch),
-                    "alibi_slopes: must be contiguous float32 (1 or batch, heads)");
-    params.alibi_slopes = static_cast<const float*>(slopes.data_ptr());
-    params.alibi_batch_stride = slopes.size(0) == 1 ? 0 : shape.heads;
-  }
+  params.alibi_slopes = alibi_slopes_data(arguments.alibi_slopes, shape, params.alibi_batch_stride);
   if (arguments.attn_bias.has_value()) {
     params.bias = score_tensor("attn_bias", *arguments.attn_bias, shape);
     const ScalarType type = arguments.attn_bias->scalar_type();
@@ -175,8 +186,14 @@ inline ModifierParams modifier_params(const AttentionArguments& arguments, const
     STD_TORCH_CHECK(table.is_cuda() && table.scalar_type() == ScalarType::Int && table.dim() == 2 &&
                         table.size(0) == shape.batch && (table.stride(1) == 1 || table.size(1) <= 1),
                     "block_table: must be int32 (batch, pages) with contiguous rows");
-    params.pages = {static_cast<const int*>(table.data_ptr()), table.stride(0), static_cast<int>(k.size(1)),
-                    k.stride(0), v.stride(0)};
+    params.pages = {static_cast<const int*>(table.data_ptr()),
+                    table.stride(0),
+                    /*entries=*/nullptr,
+                    static_cast<int>(table.size(0)),
+                    static_cast<int>(k.size(1)),
+                    static_cast<int>(k.size(0)),
+                    k.stride(0),
+                    v.stride(0)};
   }
   return params;
 }
@@ -222,7 +239,7 @@ inline AttentionParams attention_params(const AttentionArguments& arguments, con
                  arguments.paged() ? static_cast<int>(std::min<int64_t>(arguments.block_table->size(1) * k.size(1),
                                                                         Window::kUnbounded - 1))
                                    : INT_MAX};
-  params.window = window_of(arguments);
+  params.window = {window_side(arguments.window_left), window_side(arguments.window_right), arguments.top_left};
   params.softmax_scale = static_cast<float>(arguments.softmax_scale);
   params.softmax_scale_log2 = static_cast<float>(arguments.softmax_scale * 1.4426950408889634);
   params.q = view_of(q);
@@ -231,13 +248,7 @@ inline AttentionParams attention_params(const AttentionArguments& arguments, con
   params.out = view_of(out);
   params.lse_batch_stride = arguments.packed() ? 0 : heads * q.size(rows);
   params.lse_head_stride = q.size(rows);
-  if (arguments.learnable_sink.has_value()) {
-    const Tensor& sink = *arguments.learnable_sink;
-    STD_TORCH_CHECK(sink.is_cuda() && sink.scalar_type() == ScalarType::Float && sink.is_contiguous() &&
-                        sink.dim() == 1 && sink.size(0) == heads,
-                    "learnable_sink: must be contiguous float32 (heads)");
-    params.learnable_sink = static_cast<const float*>(sink.data_ptr());
-  }
+  params.learnable_sink = learnable_sink_data(arguments.learnable_sink, heads);
   params.modifiers = modifier_params(arguments, params.shape, k, v);
   params.modifiers.aligned_rows = true;
   for (const Operand* x : moved) params.modifiers.aligned_rows &= has_aligned_rows(*x);

@@ -68,24 +68,24 @@ int deterministic_interleave(const AttentionParams& params, int key_slots, int m
 
 }  // namespace
 
-void run_sm80_forward(const ForwardCall& call) {
-  const LaunchTarget target = launch_target(call.q);
-  for_kernel(call.q, call.params, [&]<typename Element, typename Variant>(Element, Variant) {
-    sm80::launch_forward<Element, Variant>(call.params, target);
+void run_sm80_forward(const ForwardParams& params, const Tensor& q) {
+  const LaunchTarget target = launch_target(q);
+  for_kernel(q, params, [&]<typename Element, typename Variant>(Element, Variant) {
+    sm80::launch_forward<Element, Variant>(params, target);
   });
 }
 
 std::tuple<Tensor, Tensor> sm80_forward(Tensor q, Tensor k, Tensor v, FLASH_ATTN_PARAMETERS) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   ForwardCall call = forward_call({FLASH_ATTN_ARGUMENTS}, q, k, v);
-  run_sm80_forward(call);
+  run_sm80_forward(call.params, call.q);
   return {std::move(call.out), std::move(call.lse)};
 }
 
 std::tuple<Tensor, Tensor> sm80_forward_dense(Tensor q, Tensor k, Tensor v, double softmax_scale, bool causal) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   ForwardCall call = forward_call(AttentionArguments::dense(softmax_scale, causal), q, k, v);
-  run_sm80_forward(call);
+  run_sm80_forward(call.params, call.q);
   return {std::move(call.out), std::move(call.lse)};
 }
 

@@ -31,17 +31,17 @@ void launch(const ForwardParams& params, int* tile_counter, const LaunchTarget& 
   });
 }
 
-void run_sm90_forward(const ForwardCall& call) {
-  const LaunchTarget target = launch_target(call.q);
+void run_sm90_forward(const ForwardParams& params, const Tensor& q) {
+  const LaunchTarget target = launch_target(q);
   std::optional<Tensor> scratch;
   int* tile_counter = nullptr;
-  if (sm90::needs_tile_counter(call.params, target.multiprocessors)) {
-    scratch = new_tensor(call.q, {1}, ScalarType::Int);
+  if (sm90::needs_tile_counter(params, target.multiprocessors)) {
+    scratch = new_tensor(q, {1}, ScalarType::Int);
     tile_counter = static_cast<int*>(scratch->data_ptr());
     FLASH_ATTN_CUDA_CHECK(cudaMemsetAsync(tile_counter, 0, sizeof(int), target.stream));
   }
-  const auto run = call.q.scalar_type() == ScalarType::BFloat16 ? launch<__nv_bfloat16> : launch<__half>;
-  run(call.params, tile_counter, target);
+  const auto run = q.scalar_type() == ScalarType::BFloat16 ? launch<__nv_bfloat16> : launch<__half>;
+  run(params, tile_counter, target);
 }
 
 std::tuple<Tensor, Tensor> run(const AttentionArguments& arguments, const Tensor& q, const Tensor& k, const Tensor& v) {
@@ -51,17 +51,21 @@ std::tuple<Tensor, Tensor> run(const AttentionArguments& arguments, const Tensor
                   ", and these kernels run on 9.x alone; sm80_forward runs on every device since 8.0");
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   ForwardCall call = forward_call(arguments, q, k, v);
-  // Whether rows are aligned is decided here, since only here it is known for sure: a compiled graph is traced with
-  // tensors that have no address, and later gets others.
-  if (sm90::can_run(call.params)) {
-    run_sm90_forward(call);
-  } else {
-    run_sm80_forward(call);
-  }
+  run_forward(call.params, call.q);
   return {std::move(call.out), std::move(call.lse)};
 }
 
 }  // namespace
+
+void run_forward(const ForwardParams& params, const Tensor& q) {
+  // Whether rows are aligned is decided here, since only here it is known for sure: a compiled graph is traced with
+  // tensors that have no address, and later gets others.
+  if (device_limits(q.get_device_index()).capability_major == 9 && sm90::can_run(params)) {
+    run_sm90_forward(params, q);
+  } else {
+    run_sm80_forward(params, q);
+  }
+}
 
 std::tuple<Tensor, Tensor> sm90_forward(Tensor q, Tensor k, Tensor v, double softmax_scale, int64_t window_left,
                                         int64_t window_right, bool top_left, double softcap,

@@ -32,7 +32,10 @@ inline ForwardCall forward_call(const AttentionArguments& arguments, const Tenso
   return {std::move(q), std::move(k), std::move(v), std::move(out), std::move(lse), params};
 }
 
-// By the sm80 kernels, in attention_sm80.cu.
-void run_sm80_forward(const ForwardCall& call);
+// By the sm80 kernels, in attention_sm80.cu. q says dtype and device, which must be the current one.
+void run_sm80_forward(const ForwardParams& params, const Tensor& q);
+
+// By the sm90 kernels if the device and the call allow it, in attention_sm90.cu.
+void run_forward(const ForwardParams& params, const Tensor& q);
 
 }  // namespace flash_attn::api

@@ -25,15 +25,26 @@ STABLE_TORCH_LIBRARY(flash_attn_kernels, m) {
   // Writes k and v, (B, rows, Hk, D) or packed, behind the first cache_seqlens[b] keys of the caches, and returns q
   // rotated if it is given, otherwise a tensor without elements. Rows that the cache has no room for are dropped.
   m.def(
-      "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, Tensor? q,"
-      " Tensor? rotary_cos, Tensor? rotary_sin, bool interleaved, bool q_per_position, Tensor? cache_batch_idx,"
-      " Tensor? block_table, Tensor? cu_seqlens_k_new, Tensor? cu_seqlens_q) -> Tensor");
+      "append_kv(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, Tensor? q=None,"
+      " Tensor? rotary_cos=None, Tensor? rotary_sin=None, bool interleaved=True, bool q_per_position=True,"
+      " Tensor? block_table=None, Tensor? cache_batch_idx=None, Tensor? cu_seqlens_q=None,"
+      " Tensor? cu_seqlens_k_new=None) -> Tensor");
   // Attention to a cache. num_splits: parts that the keys of a sequence are cut into, 0 is chosen.
+  m.def("decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens," FLASH_ATTN_SCHEMA_CACHE_OPTIONS
+        "," FLASH_ATTN_SCHEMA_CACHE_LAYOUT "," FLASH_ATTN_SCHEMA_CACHE_MODIFIERS ") -> (Tensor, Tensor)");
+  // Both in one call. cache_seqlens are the lengths before. Where all queries see the same keys, all are rotated as the
+  // first one.
   m.def(
-      "decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens_k, Tensor? block_table, Tensor? cache_batch_idx,"
-      " Tensor? cache_leftpad, Tensor? cu_seqlens_q, float softmax_scale, int window_left, int window_right,"
-      " float softcap, Tensor? alibi_slopes, Tensor? learnable_sink, int num_splits, bool batch_invariant)"
-      " -> (Tensor, Tensor)");
+      "append_and_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor k,"
+      " Tensor v," FLASH_ATTN_SCHEMA_CACHE_OPTIONS
+      ", Tensor? rotary_cos=None, Tensor? rotary_sin=None, bool interleaved=True," FLASH_ATTN_SCHEMA_CACHE_LAYOUT
+      ", Tensor? cu_seqlens_k_new=None," FLASH_ATTN_SCHEMA_CACHE_MODIFIERS ") -> (Tensor, Tensor)");
+  // Matrix products with an epilogue of cuBLASLt, numbered as there (flash_attn_kernels.gemm has the names): (a b, what
+  // else the epilogue stores). algorithm: the candidate to take, or -1 for the fastest of them by a timing.
+  m.def(
+      "gemm_epilogue(Tensor a, Tensor b, Tensor? bias, Tensor? aux, int epilogue, int algorithm) -> (Tensor, Tensor)");
+  m.def("gemm_candidates(Tensor a, Tensor b, Tensor? bias, Tensor? aux, int epilogue) -> int");
+  m.def("gemm_cublaslt_version() -> int");  // 0 where there is none
   // The tile that a device granting a block `shared_bytes` gets: (rows, columns, warps, bytes of shared memory).
   m.def("sm80_forward_tile(int head_dim, int head_dim_v, bool general, int shared_bytes) -> (int, int, int, int)");
   m.def(

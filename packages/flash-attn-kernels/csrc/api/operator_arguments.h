@@ -24,3 +24,12 @@
 #define FLASH_ATTN_ARGUMENTS                                                                                     \
   softmax_scale, window_left, window_right, top_left, softcap, dropout_p, cu_seqlens_q, cu_seqlens_k, seqused_q, \
       seqused_k, block_table, attn_bias, attn_mask, key_padding_mask, alibi_slopes, learnable_sink, seed_and_offset
+
+// Of the operators on a key-value cache.
+#define FLASH_ATTN_SCHEMA_CACHE_OPTIONS                                                         \
+  "float softmax_scale, int window_left, int window_right, float softcap=0., int num_splits=0," \
+  "bool batch_invariant=False"
+#define FLASH_ATTN_SCHEMA_CACHE_LAYOUT \
+  "Tensor? block_table=None, Tensor? cache_batch_idx=None, Tensor? cu_seqlens_q=None"
+#define FLASH_ATTN_SCHEMA_CACHE_MODIFIERS \
+  "Tensor? cache_leftpad=None, Tensor? alibi_slopes=None, Tensor? learnable_sink=None"

@@ -32,11 +32,15 @@ struct RowLayout {
   int capacity;
 };
 
-// Keys and values in pages: key t of sequence b is row t % page_size of page table[b * table_stride + t / page_size].
+// Keys and values in pages: key t of sequence b is row t % page_size of page table[e * table_stride + t / page_size],
+// where e is entries[b], or b without entries. Keys of entries and pages that do not exist are hidden.
 struct PageLayout {
   const int* table;  // null without pages
   int64_t table_stride;
+  const int* entries;
+  int table_entries;
   int page_size;
+  int count;  // of pages
   int64_t k_page_stride, v_page_stride;
 };
 

@@ -65,22 +65,26 @@ __device__ __forceinline__ float2 unpack_bias(uint32_t pair, BiasType type) {
   return type == BiasType::kBFloat16 ? ptx::unpack<__nv_bfloat16>(pair) : ptx::unpack<__half>(pair);
 }
 
-// A product q k, soft-capped, in base 2; factor is 2 log2(e) scale / softcap, cap is softcap log2(e).
-__device__ __forceinline__ float capped(float product, float factor, float cap) {
+// Soft-capping of products q k: scores are softcap * tanh(scale * product / softcap).
+struct SoftCap {
+  float factor, cap;  // of the exponent, and of the scores in base 2
+
+  __device__ __forceinline__ SoftCap(float softmax_scale_log2, float softcap)
+      : factor(softmax_scale_log2 * 2.f / softcap), cap(softcap * kLog2e) {}
+
   // tanh(x) = 1 - 2 / (1 + exp(2 x)): as exact as fp32 scores are, unlike tanh.approx.
-  return cap * (1.f - __fdividef(2.f, 1.f + ptx::exp2(product * factor)));
-}
+  __device__ __forceinline__ float tanh(float product) const {
+    return 1.f - __fdividef(2.f, 1.f + ptx::exp2(product * factor));
+  }
+};
 
 // Products q k become soft-capped scores in base 2; `slope` is called with (i, j, e) and d(score) / d(scale * product).
 template <int kRowTiles, int kColumnTiles, typename Slope>
-__device__ __forceinline__ void soft_cap(float (&scores)[kRowTiles][kColumnTiles][4], const AttentionParams& params,
+__device__ __forceinline__ void soft_cap(float (&scores)[kRowTiles][kColumnTiles][4], const SoftCap& soft_cap,
                                          const Slope& slope) {
-  const float factor = params.softmax_scale_log2 * 2.f / params.modifiers.softcap;
-  const float cap = params.modifiers.softcap * kLog2e;
   for_each_element<kRowTiles, kColumnTiles>([&](int i, int j, int e) {
-    // tanh(x) = 1 - 2 / (1 + exp(2 x)): as exact as fp32 scores are, unlike tanh.approx.
-    const float tanh = 1.f - __fdividef(2.f, 1.f + ptx::exp2(scores[i][j][e] * factor));
-    scores[i][j][e] = cap * tanh;
+    const float tanh = soft_cap.tanh(scores[i][j][e]);
+    scores[i][j][e] = soft_cap.cap * tanh;
     slope(i, j, e, 1.f - tanh * tanh);
   });
 }
@@ -109,7 +113,8 @@ class ScoreModifier {
                                         float (&slopes)[kRowTiles][kColumnTiles][4], const FragmentOrigin& origin,
                                         const Tile& bias_tile) const {
     if (modifiers_.softcap > 0.f) {
-      soft_cap(scores, params_, [&](int i, int j, int e, float slope) { slopes[i][j][e] = slope; });
+      soft_cap(scores, SoftCap(params_.softmax_scale_log2, modifiers_.softcap),
+               [&](int i, int j, int e, float slope) { slopes[i][j][e] = slope; });
     } else {
       for_each_element<kRowTiles, kColumnTiles>(
           [&](int i, int j, int e) { scores[i][j][e] *= params_.softmax_scale_log2; });

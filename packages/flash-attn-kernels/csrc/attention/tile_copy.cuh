@@ -39,7 +39,7 @@ struct GeneralRows {
   int64_t padding_stride = 0;
   int padding_count = 0;
   const int* pages = nullptr;  // of the sequence
-  int page_size = 1;
+  int page_size = 1, page_count = 0;
   int64_t page_stride = 0;
 
   __device__ __forceinline__ GeneralRows(const AttentionParams& params, const TensorView& view, int index,
@@ -54,7 +54,8 @@ struct GeneralRows {
     if (row >= count) return nullptr;
     if (padding != nullptr && (row >= padding_count || padding[row * padding_stride] == 0)) return nullptr;
     if (pages == nullptr) return data + row * stride;
-    return data + pages[row / page_size] * page_stride + row % page_size * stride;
+    const int page = pages[row / page_size];
+    return page >= 0 && page < page_count ? data + page * page_stride + row % page_size * stride : nullptr;
   }
 };
 
@@ -72,16 +73,24 @@ __device__ __forceinline__ GeneralRows key_rows(GeneralRows rows, const Attentio
     rows.padding_count = modifiers.key_padding.columns;
   }
   if (modifiers.pages.table != nullptr) {
-    rows.pages = modifiers.pages.table + index * modifiers.pages.table_stride;
-    rows.page_size = modifiers.pages.page_size;
+    const PageLayout& pages = modifiers.pages;
+    const int entry = pages.entries == nullptr ? index : pages.entries[index];
+    if (entry < 0 || entry >= pages.table_entries) rows.count = 0;
+    rows.pages = pages.table + entry * pages.table_stride;
+    rows.page_size = pages.page_size, rows.page_count = pages.count;
     rows.page_stride = page_stride;
   }
   return rows;
 }
 
+struct IgnoreRow {
+  __device__ __forceinline__ void operator()(int, bool) const {}
+};
+
 // Starts copying rows [first_row, first_row + kRows).
-template <int kThreads, typename Tile>
-__device__ __forceinline__ void load_tile_async(const Tile& tile, const AlignedRows& rows, int first_row, int thread) {
+template <int kThreads, typename Tile, typename OnRow = IgnoreRow>
+__device__ __forceinline__ void load_tile_async(const Tile& tile, const AlignedRows& rows, int first_row, int thread,
+                                                const OnRow& = {}) {
   constexpr int kRowsPerPass = kThreads / kPanelChunks;
   static_assert(Tile::kRows % kRowsPerPass == 0 && kRowsPerPass % 8 == 0);
   const int chunk = thread % kPanelChunks, row = thread / kPanelChunks;
@@ -106,26 +115,45 @@ __device__ __forceinline__ void load_tile_async(const Tile& tile, const AlignedR
   }
 }
 
-// The same for rows of any alignment. Without 16-byte alignment the copy is over when the call returns.
-template <int kThreads, typename Tile>
-__device__ __forceinline__ void load_tile_async(const Tile& tile, const GeneralRows& rows, int first_row, int thread) {
+// The same for rows of any alignment. Without 16-byte alignment the copy is over when the call returns. If rows are in
+// pages, on_row(row of the tile, whether it exists) is called once for each.
+template <int kThreads, typename Tile, typename OnRow = IgnoreRow>
+__device__ __forceinline__ void load_tile_async(const Tile& tile, const GeneralRows& rows, int first_row, int thread,
+                                                const OnRow& on_row = {}) {
   if (rows.aligned && rows.padding == nullptr && rows.pages == nullptr) {
     load_tile_async<kThreads>(tile, AlignedRows(rows.data, rows.stride, rows.count, rows.head_dim), first_row, thread);
     return;
   }
+  constexpr int kRowsPerPass = kThreads / kPanelChunks, kPasses = Tile::kRows / kRowsPerPass;
   const int chunk = thread % kPanelChunks;
+  if (rows.aligned) {
+    const uint16_t* sources[kPasses];  // found together, so that page tables are waited for once
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      sources[pass] = rows.row(first_row + thread / kPanelChunks + pass * kRowsPerPass);
+    }
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = thread / kPanelChunks + pass * kRowsPerPass;
+      if (chunk == 0 && rows.pages != nullptr) on_row(row, sources[pass] != nullptr);
+#pragma unroll
+      for (int panel = 0; panel < Tile::kPanels; ++panel) {
+        const int column = panel * kPanelElements + chunk * kChunkElements;
+        const bool valid = sources[pass] != nullptr && column < rows.head_dim;
+        ptx::cp_async_16(tile.chunk_address(row, panel * kPanelChunks + chunk),
+                         valid ? sources[pass] + column : rows.data, valid);
+      }
+    }
+    return;
+  }
 #pragma unroll 1
-  for (int row = thread / kPanelChunks; row < Tile::kRows; row += kThreads / kPanelChunks) {
+  for (int row = thread / kPanelChunks; row < Tile::kRows; row += kRowsPerPass) {
     const uint16_t* source = rows.row(first_row + row);
+    if (chunk == 0 && rows.pages != nullptr) on_row(row, source != nullptr);
 #pragma unroll
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
       const int column = panel * kPanelElements + chunk * kChunkElements;
-      const uint32_t target = tile.chunk_address(row, panel * kPanelChunks + chunk);
       const int valid = source == nullptr ? 0 : rows.head_dim - column;
-      if (rows.aligned) {
-        ptx::cp_async_16(target, valid > 0 ? source + column : rows.data, valid > 0);
-        continue;
-      }
       uint32_t words[kChunkElements / 2];
 #pragma unroll
       for (int i = 0; i < kChunkElements / 2; ++i) {
@@ -133,7 +161,7 @@ __device__ __forceinline__ void load_tile_async(const Tile& tile, const GeneralR
         const uint32_t high = 2 * i + 1 < valid ? source[column + 2 * i + 1] : 0;
         words[i] = low | high << 16;
       }
-      ptx::store_shared_16(target, words);
+      ptx::store_shared_16(tile.chunk_address(row, panel * kPanelChunks + chunk), words);
     }
   }
 }

@@ -3,7 +3,7 @@
 from .attention import flash_attn_func, flash_attn_varlen_func
 from .combine import flash_attn_combine
 from .dispatch import Explanation
-from .explanation import explain
+from .explanation import explain, explain_kvcache
 from .kvcache import append_kv, flash_attn_with_kvcache
 from .merge import merge_attention_states
 from .packed_tensors import (
@@ -26,6 +26,7 @@ __all__ = [
     "Explanation",
     "append_kv",
     "explain",
+    "explain_kvcache",
     "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_kvpacked_func",

@@ -9,6 +9,8 @@ from . import sm90
 from .call import prepare
 from .dispatch import Explanation
 from .inputs import PackedLayout
+from .kvcache_checks import check_caches
+from .kvcache_operators import choose_operators
 
 
 def explain(
@@ -71,3 +73,18 @@ def explain(
         if unaligned is not None:
             return Explanation("sm80", {"sm90": (unaligned,)})
     return explanation
+
+
+def explain_kvcache(k_cache: Tensor, v_cache: Tensor) -> Explanation:
+    """Which path calls on these caches take: ``"cuda"``, the compiled kernels, or ``"portable"``, and why.
+
+    Device, dtype and head dims of the caches decide, for :func:`flash_attn_with_kvcache` and :func:`append_kv` alike.
+
+    Raises:
+        ValueError: for tensors that are no caches.
+    """
+    check_caches(k_cache, v_cache, is_paged=False)
+    operators = choose_operators(k_cache.device, k_cache.dtype, k_cache.shape[-1], v_cache.shape[-1])
+    if operators.are_compiled:
+        return Explanation("cuda", {})
+    return Explanation("portable", {"cuda": operators.why_portable})

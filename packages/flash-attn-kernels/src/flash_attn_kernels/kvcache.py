@@ -79,8 +79,9 @@ def flash_attn_with_kvcache(
         rotary_interleaved: pairs are neighbours (GPT-J); False: an element and the one ``rotary_dim / 2`` further on
             (GPT-NeoX, LLaMA).
         alibi_slopes: (H,) or (B, H); adds ``-slope * |i + Sk - Sq - j|`` to the scores.
-        num_splits: the keys of a sequence are split into exactly so many parts, whose results are combined; 0 is
-            chosen, 1 is no split.
+        num_splits: the keys of a sequence are split into exactly so many parts, whose results are combined; 1 is no
+            split. 0 is chosen: by the lengths on the device, and long chunks of a prefill run on the kernels that
+            training uses.
         return_softmax_lse: return ``(out, lse)``.
         learnable_sink: (H,), one more logit in every softmax of head h, without a value.
         cu_seqlens_q: int32 (B + 1,), cumulative query lengths starting at 0.

@@ -17,15 +17,15 @@ def append_kv(
     k: Tensor,
     v: Tensor,
     cache_seqlens: Tensor,
-    q: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    interleaved: bool,
-    q_per_position: bool,
-    cache_batch_idx: Tensor | None,
-    block_table: Tensor | None,
-    cu_seqlens_k_new: Tensor | None,
-    cu_seqlens_q: Tensor | None,
+    q: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    interleaved: bool = True,
+    q_per_position: bool = True,
+    block_table: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
 ) -> Tensor:
     """Write k and v behind the first ``cache_seqlens[b]`` positions of each sequence; the operator, portably.
 
@@ -45,8 +45,10 @@ def append_kv(
         new_k = rotate(new_k, rotary_cos, rotary_sin, position[kept], interleaved)
     k_cache.index_put_((row[kept], slot[kept]), new_k)
     v_cache.index_put_((row[kept], slot[kept]), new_v)
-    if q is None or rotary_cos is None or rotary_sin is None:
+    if q is None:
         return k_cache.new_empty(0)
+    if rotary_cos is None or rotary_sin is None:
+        return q.clone(memory_format=torch.contiguous_format)
     sequence, offset = _sequence_and_offset(q, cu_seqlens_q, cache_seqlens.shape[0])
     position, _ = _position(sequence, offset if q_per_position else torch.zeros_like(offset), cache_seqlens)
     return rotate(q.flatten(0, -3), rotary_cos, rotary_sin, position, interleaved).reshape(q.shape)

@@ -23,7 +23,7 @@ from .kvcache_inputs import CacheTensors
 from .kvcache_operators import CacheOperators, choose_operators
 from .kvcache_values import check_values
 from .modifiers import make_modifiers
-from .options import AttentionOptions, make_options
+from .options import make_options
 
 
 class CacheOptions(NamedTuple):
@@ -41,40 +41,32 @@ class CacheOptions(NamedTuple):
 def attend(tensors: CacheTensors, given: CacheOptions, validate: bool, strict: bool) -> tuple[Tensor, Tensor]:
     """(out, lse) of a checked call, after the append if there are new keys."""
     tensors = _in_the_dtype_of_the_cache(tensors)
-    options, operators = _plan(tensors, given)
+    options, optional_count, operators = _plan(tensors, given)
     _check_call(tensors, operators, strict)
     if validate:
         check_values(tensors, attends=True)
-    q, (k_cache, v_cache), cache_seqlens = tensors.q, tensors[:2], _cache_seqlens(tensors)
-    assert q is not None  # since its shape was checked
-    seqlens_k = cache_seqlens
-    if tensors.k is not None:
-        # FlashAttention-2's rule: where all queries see the same keys, all have the position of the first.
-        rotated = _append(operators, tensors, cache_seqlens, given.rotary_interleaved, not options.is_full)
-        q = q if rotated is None else rotated
-        cu_seqlens = tensors.cu_seqlens_new
-        new = tensors.k.shape[1] if cu_seqlens is None else cu_seqlens[1:] - cu_seqlens[:-1]
-        seqlens_k = cache_seqlens + new
-    slopes = tensors.alibi_slopes
-    window_left, window_right = operator_arguments.window(options)
-    return operators.decode(
-        q,
-        k_cache,
-        v_cache,
-        seqlens_k,
-        tensors.block_table,
-        tensors.cache_batch_idx,
-        tensors.cache_leftpad,
-        tensors.cu_seqlens_q,
-        options.softmax_scale,
-        window_left,
-        window_right,
-        options.softcap,
-        slopes.unsqueeze(0) if slopes is not None and slopes.dim() == 1 else slopes,
-        tensors.learnable_sink,
-        given.num_splits,
-        given.batch_invariant,
-    )
+    caches = tensors.q, tensors.k_cache, tensors.v_cache, _cache_seqlens(tensors)
+    optional: tuple[Any, ...] = ()
+    if optional_count > 0:
+        slopes_and_sink = _per_head(tensors, operators)
+        optional = _optional_arguments(tensors, given, *slopes_and_sink)[:optional_count]
+    if tensors.k is None:
+        return operators.decode(*caches, *options, *optional)
+    result = operators.append_and_decode(*caches, tensors.k, tensors.v, *options, *optional)
+    _note_the_write(tensors, operators)
+    return result
+
+
+def _optional_arguments(
+    tensors: CacheTensors, given: CacheOptions, slopes: Tensor | None, sink: Tensor | None
+) -> tuple[Any, ...]:
+    """What the operators take behind the options."""
+    layout = tensors.block_table, tensors.cache_batch_idx, tensors.cu_seqlens_q
+    modifiers = tensors.cache_leftpad, slopes, sink
+    if tensors.k is None:
+        return *layout, *modifiers
+    rotary = tensors.rotary_cos, tensors.rotary_sin, given.rotary_interleaved
+    return *rotary, *layout, tensors.cu_seqlens_new, *modifiers
 
 
 def append(
@@ -82,38 +74,33 @@ def append(
 ) -> Tensor | None:
     """Write the new keys and values into the cache; the rotated queries, if there are any."""
     tensors = _in_the_dtype_of_the_cache(tensors)
-    _, operators = _plan(tensors, None)
+    *_, operators = _plan(tensors, None)
     _check_call(tensors, operators, strict)
     if validate:
         check_values(tensors, attends=False)
-    return _append(operators, tensors, _cache_seqlens(tensors), rotary_interleaved, rotate_q_per_position)
-
-
-def _append(
-    operators: CacheOperators,
-    tensors: CacheTensors,
-    cache_seqlens: Tensor,
-    interleaved: bool,
-    per_position: bool,
-) -> Tensor | None:
-    rotates_q = tensors.q is not None and tensors.rotary_cos is not None
     rotated = operators.append_kv(
-        tensors.k_cache,
-        tensors.v_cache,
-        tensors.k,
-        tensors.v,
-        cache_seqlens,
-        tensors.q if rotates_q else None,
-        tensors.rotary_cos,
-        tensors.rotary_sin,
-        interleaved,
-        per_position,
-        tensors.cache_batch_idx,
-        tensors.block_table,
-        tensors.cu_seqlens_new,
-        tensors.cu_seqlens_q if rotates_q else None,
+        *(tensors.k_cache, tensors.v_cache, tensors.k, tensors.v, _cache_seqlens(tensors)),
+        *(tensors.q, tensors.rotary_cos, tensors.rotary_sin, rotary_interleaved, rotate_q_per_position),
+        *(tensors.block_table, tensors.cache_batch_idx, tensors.cu_seqlens_q, tensors.cu_seqlens_new),
     )
-    return rotated if rotates_q else None
+    _note_the_write(tensors, operators)
+    return None if tensors.q is None else rotated
+
+
+def _per_head(tensors: CacheTensors, operators: CacheOperators) -> tuple[Tensor | None, Tensor | None]:
+    """Slopes, (1 or B, H), and the sink, in the form that the operators take."""
+    slopes, sink = tensors.alibi_slopes, tensors.learnable_sink
+    if slopes is not None and slopes.dim() == 1:
+        slopes = slopes.unsqueeze(0)
+    if operators.are_compiled:
+        return operator_arguments.per_head(slopes), operator_arguments.per_head(sink)
+    return slopes, sink
+
+
+def _note_the_write(tensors: CacheTensors, operators: CacheOperators) -> None:
+    """As every operation in place: a graph that has saved the caches must notice."""
+    if operators.are_compiled and not is_compiling():
+        torch.autograd.graph.increment_version([tensors.k_cache, tensors.v_cache])
 
 
 def _in_the_dtype_of_the_cache(tensors: CacheTensors) -> CacheTensors:
@@ -145,8 +132,17 @@ def _cache_seqlens(tensors: CacheTensors) -> Tensor:
     return torch.full((tensors.batch,), length, dtype=torch.int32, device=tensors.k_cache.device)
 
 
-Plan = tuple[AttentionOptions, CacheOperators]
-_NO_OPTIONS = AttentionOptions(1.0)
+OperatorOptions = tuple[float | int | bool, ...]
+
+
+class Plan(NamedTuple):
+    """Of a call: what the operators get from softmax_scale on, how many of the optional arguments behind it, and the
+    operators themselves. Arguments that are left out have their defaults. An append alone has neither."""
+
+    options: OperatorOptions
+    optional_count: int
+    operators: CacheOperators
+
 
 # Bounded, since packed queries may be of another number in every call.
 _PLANS_KEPT = 1024
@@ -171,10 +167,18 @@ def _plan(tensors: CacheTensors, given: CacheOptions | None) -> Plan:
     k_cache, v_cache = tensors.k_cache, tensors.v_cache
     # torch.compile may trace a number as a symbol; asking for its parts makes it a constant of the graph.
     head_dim, head_dim_v = operator.index(k_cache.shape[-1]), operator.index(v_cache.shape[-1])
-    options = _NO_OPTIONS
+    options: OperatorOptions = ()
+    optional_count = 0
     if given is not None:
         options = _checked_options(tensors, given, head_dim)
-    plan = options, choose_operators(k_cache.device, k_cache.dtype, head_dim, head_dim_v)
+        optional = _optional_arguments(tensors, given, tensors.alibi_slopes, tensors.learnable_sink)
+        # Their defaults are None and, for the rotary layout, True.
+        differing = [n for n, x in enumerate(optional, 1) if x is not None and x is not True]
+        optional_count = differing[-1] if differing else 0
+        if optional_count == 0:
+            options = _without_defaults(options)
+    operators = choose_operators(k_cache.device, k_cache.dtype, head_dim, head_dim_v)
+    plan = Plan(options, optional_count, operators)
     if key is not None:
         if len(_plans) >= _PLANS_KEPT:
             _plans.clear()
@@ -198,7 +202,7 @@ def _key(tensors: CacheTensors, given: CacheOptions | None) -> Any:
         return None
 
 
-def _checked_options(tensors: CacheTensors, given: CacheOptions, head_dim: int) -> AttentionOptions:
+def _checked_options(tensors: CacheTensors, given: CacheOptions, head_dim: int) -> OperatorOptions:
     check_splits(given.num_splits, given.batch_invariant)
     q = tensors.q
     if tensors.alibi_slopes is not None or tensors.learnable_sink is not None:
@@ -209,7 +213,7 @@ def _checked_options(tensors: CacheTensors, given: CacheOptions, head_dim: int) 
             q, tensors.k_cache, packed, None, None, None, tensors.alibi_slopes, tensors.learnable_sink
         )
     scale = given.softmax_scale
-    return make_options(
+    options = make_options(
         head_dim=head_dim,
         softmax_scale=None if scale is None else math.ldexp(*math.frexp(float(scale))),
         causal=given.causal,
@@ -218,3 +222,15 @@ def _checked_options(tensors: CacheTensors, given: CacheOptions, head_dim: int) 
         dropout_p=0.0,
         deterministic=False,
     )
+    window = operator_arguments.window(options)
+    return options.softmax_scale, *window, options.softcap, given.num_splits, given.batch_invariant
+
+
+def _without_defaults(options: OperatorOptions) -> OperatorOptions:
+    """Without the last ones as far as they are what the operators take for them: each that is passed costs time."""
+    *_, softcap, num_splits, batch_invariant = options
+    if batch_invariant:
+        return options
+    if num_splits != 0:
+        return options[:-1]
+    return options[:-2] if softcap != 0.0 else options[:-3]

@@ -24,7 +24,7 @@ def check_shapes(tensors: CacheTensors) -> None:
     Raises:
         ValueError: for the first thing that does not fit.
     """
-    _check_caches(tensors)
+    check_caches(tensors.k_cache, tensors.v_cache, is_paged=tensors.block_table is not None)
     _check_kinds(tensors)
     if tensors.q is not None:
         _check_queries(tensors, tensors.q)
@@ -136,9 +136,9 @@ def _check_like_cache(name: str, x: Tensor, cache: Tensor, cache_name: str) -> N
         )
 
 
-def _check_caches(tensors: CacheTensors) -> None:
-    k_cache, v_cache, table = tensors.k_cache, tensors.v_cache, tensors.block_table
-    shape = "(batch, seqlen, heads, head_dim)" if table is None else "(num_pages, page_size, heads, head_dim)"
+def check_caches(k_cache: Tensor, v_cache: Tensor, *, is_paged: bool) -> None:
+    """The caches are two of a kind."""
+    shape = "(num_pages, page_size, heads, head_dim)" if is_paged else "(batch, seqlen, heads, head_dim)"
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         _check_is_tensor(name, x)
         if x.dim() != 4:
@@ -179,7 +179,7 @@ def _check_caches(tensors: CacheTensors) -> None:
             "allocate both alike",
         )
     _check_device("v_cache", v_cache, k_cache)
-    if table is not None and k_cache.shape[1] == 0:
+    if is_paged and k_cache.shape[1] == 0:
         raise bad_argument(
             "k_cache", "a page size of 0", "a page size of at least 1", "allocate larger pages"
         )

@@ -17,6 +17,7 @@ from .autocast import autocast_switched_off
 from .blockwise_scores import Sequence, compute_dtype
 from .combine import flash_attn_combine
 from .inputs import ScoreModifiers
+from .kvcache_append import append_kv
 from .options import AttentionOptions
 
 # Queries that are computed together under batch invariance. Each lies in the block, and at the place in it, that its
@@ -47,27 +48,91 @@ class _CachedSequence:
     row: int  # of the cache or of the block table
 
 
+def append_and_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float = 0.0,
+    num_splits: int = 0,
+    batch_invariant: bool = False,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    interleaved: bool = True,
+    block_table: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The operator, portably: an append, and :func:`decode` of the lengths that there are then."""
+    # FlashAttention-2's rule: where all queries see the same keys, all have the position of the first.
+    q_per_position = window_left >= 0 or window_right >= 0
+    rotates = rotary_cos is not None
+    rotated = append_kv(
+        k_cache,
+        v_cache,
+        k,
+        v,
+        cache_seqlens,
+        q if rotates else None,
+        rotary_cos,
+        rotary_sin,
+        interleaved,
+        q_per_position,
+        block_table,
+        cache_batch_idx,
+        cu_seqlens_q,
+        cu_seqlens_k_new,
+    )
+    return decode(
+        rotated if rotates else q,
+        k_cache,
+        v_cache,
+        cache_seqlens + (k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new.diff()),
+        softmax_scale,
+        window_left,
+        window_right,
+        softcap,
+        num_splits,
+        batch_invariant,
+        block_table,
+        cache_batch_idx,
+        cu_seqlens_q,
+        cache_leftpad,
+        alibi_slopes,
+        learnable_sink,
+    )
+
+
 def decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    seqlens_k: Tensor,
-    block_table: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    cu_seqlens_q: Tensor | None,
+    cache_seqlens: Tensor,
     softmax_scale: float,
     window_left: int,
     window_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    learnable_sink: Tensor | None,
-    num_splits: int,
-    batch_invariant: bool,
+    softcap: float = 0.0,
+    num_splits: int = 0,
+    batch_invariant: bool = False,
+    block_table: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator, portably: out in the layout of q, and lse (B, H, Sq) or (H, Tq) in compute precision.
 
-    Keys are the first ``seqlens_k[b]`` positions of each sequence. Rows of no sequence get 0 and -inf.
+    Keys are the first ``cache_seqlens[b]`` positions of each sequence. Rows of no sequence get 0 and -inf.
     """
     H, dtype = q.shape[-2], compute_dtype(q.dtype)
     lse_shape = (H, q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], H, q.shape[1])
@@ -82,7 +147,7 @@ def decode(
     attend = _attend_invariantly if batch_invariant else _attend_in_parts
     with autocast_switched_off(q), torch.no_grad():
         for sequence in _sequences(
-            q, k_cache, seqlens_k, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q
+            q, k_cache, cache_seqlens, block_table, cache_batch_idx, cache_leftpad, cu_seqlens_q
         ):
             b = sequence.index
             slopes = alibi_slopes

@@ -7,12 +7,14 @@ torch version, and it loads in CPU-only torch too, where its operators exist for
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .blockwise_scores import compute_dtype
 from .tracing import constant_under_compile
 
 LIBRARY_PATH = Path(__file__).parent / "lib" / "libflash_attn_kernels.so"
@@ -24,6 +26,9 @@ sm80_forward_dense: Any = None
 sm80_backward: Any = None
 sm90_forward: Any = None
 sm90_forward_dense: Any = None
+append_kv: Any = None
+decode: Any = None
+append_and_decode: Any = None
 
 
 @constant_under_compile
@@ -35,6 +40,7 @@ def load_error() -> str | None:
 @functools.cache
 def _load() -> str | None:
     global sm80_forward, sm80_forward_dense, sm80_backward, sm90_forward, sm90_forward_dense
+    global append_kv, decode, append_and_decode
     if not LIBRARY_PATH.exists():
         return (
             "this installation has no compiled kernels (install a platform wheel, or build with "
@@ -49,11 +55,16 @@ def _load() -> str | None:
     torch.library.register_fake("flash_attn_kernels::sm80_backward", _fake_sm80_backward)
     torch.library.register_fake("flash_attn_kernels::sm90_forward", _fake_sm90_forward)
     torch.library.register_fake("flash_attn_kernels::sm90_forward_dense", _fake_forward_dense)
+    for name, fake in CACHE_FAKES.items():
+        torch.library.register_fake(f"flash_attn_kernels::{name}", fake)
     sm80_forward = torch.ops.flash_attn_kernels.sm80_forward.default
     sm80_forward_dense = torch.ops.flash_attn_kernels.sm80_forward_dense.default
     sm80_backward = torch.ops.flash_attn_kernels.sm80_backward.default
     sm90_forward = torch.ops.flash_attn_kernels.sm90_forward.default
     sm90_forward_dense = torch.ops.flash_attn_kernels.sm90_forward_dense.default
+    append_kv = torch.ops.flash_attn_kernels.append_kv.default
+    decode = torch.ops.flash_attn_kernels.decode.default
+    append_and_decode = torch.ops.flash_attn_kernels.append_and_decode.default
     return None
 
 
@@ -163,3 +174,32 @@ def _fake_sm80_backward(
         per_head(needs_alibi_slopes),
         per_head(needs_learnable_sink),
     )
+
+
+# The operators on a key-value cache, which also run portably.
+
+
+def _fake_append_kv(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_seqlens: Tensor,
+    q: Tensor | None = None,
+    *others: Any,
+) -> Tensor:
+    return k_cache.new_empty(0 if q is None else q.shape)
+
+
+def _fake_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *tokens, H, _ = q.shape
+    *batch, rows = tokens
+    out = q.new_empty((*tokens, H, v_cache.shape[-1]))
+    return out, q.new_empty((*batch, H, rows), dtype=compute_dtype(q.dtype))
+
+
+CACHE_FAKES: dict[str, Callable[..., Any]] = {
+    "append_kv": _fake_append_kv,
+    "decode": _fake_decode,
+    "append_and_decode": _fake_decode,
+}

@@ -14,7 +14,10 @@ TILE_ROWS = 16
 
 @dataclass
 class Call:
-    """`cu_seqlens` is empty for dense queries, `leftpad` without; sides of the window are -1 without a bound."""
+    """`cu_seqlens` is empty for dense queries, `leftpad` without; sides of the window are -1 without a bound.
+
+    ``added`` rows are appended to each sequence, or as ``cu_added`` says.
+    """
 
     heads: int
     group: int
@@ -28,12 +31,23 @@ class Call:
     num_splits: int = 0
     batch_invariant: bool = False
     multiprocessors: int = 132
+    added: int = 0
+    cu_added: list[int] = field(default_factory=list)
 
     def numbers(self) -> list[int]:
         lists = [[len(x), *x] for x in (self.lengths, self.leftpad, self.cu_seqlens)]
         first = [self.heads, self.group, self.rows, self.capacity, self.left, self.right]
-        last = [self.num_splits, int(self.batch_invariant), self.multiprocessors]
-        return [*first, *itertools.chain.from_iterable(lists), *last]
+        last = [self.num_splits, int(self.batch_invariant), self.multiprocessors, self.added]
+        return [*first, *itertools.chain.from_iterable(lists), *last, len(self.cu_added), *self.cu_added]
+
+    def length(self, index: int) -> int:
+        """Keys of a sequence, also those that the cache has no room for."""
+        if index == len(self.lengths):
+            return 0
+        added = self.added
+        if self.cu_added:
+            added = self.cu_added[index + 1] - self.cu_added[index]
+        return max(self.lengths[index] + added, 0)
 
     @property
     def sequences(self) -> range:
@@ -51,7 +65,7 @@ class Call:
         """(queries, keys that there is room for) of a sequence: what is visible."""
         _, count = self.queries(index)
         # Windows are aligned by the whole length, also where the cache ends before.
-        length = max(self.lengths[index], 0) if index < len(self.lengths) else 0
+        length = self.length(index)
         pad = self.leftpad[index] if self.leftpad and index < len(self.lengths) else 0
         queries, keys = torch.arange(count)[:, None], torch.arange(self.capacity)[None, :]
         distance = keys - (queries + length - count)
@@ -84,4 +98,8 @@ def a_call(batch: int, group: int, kv_heads: int, capacity: int, most_queries: i
         counts = [random.choice((0, 1, random.randint(0, most_queries))) for _ in lengths]
         call.cu_seqlens = [0, *torch.tensor(counts).cumsum(0).tolist()]
         call.rows = call.cu_seqlens[-1] + random.choice((0, 0, 3, 40))
+    call.added = random.choice((0, 0, 1, 7))
+    if call.added and random.randrange(2):
+        call.cu_added = [0, *torch.tensor([random.choice((0, 1, 9)) for _ in lengths]).cumsum(0).tolist()]
+        call.added = call.cu_added[-1] + 2
     return call

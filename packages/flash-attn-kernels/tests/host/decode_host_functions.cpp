@@ -18,9 +18,9 @@ using Rows = std::vector<std::vector<int>>;
 
 // What a request says of a call of attention: heads, heads of a group, rows of q, rows that an entry of the cache has
 // room for, window (-1 is unbounded), lengths, leftpad (empty: none), cumulative lengths of q (empty: dense),
-// num_splits, whether batch-invariant, multiprocessors.
+// num_splits, whether batch-invariant, multiprocessors; rows that are appended in the same call, their cumulative lengths.
 struct Call {
-  std::vector<int> lengths, leftpad, cu_seqlens;
+  std::vector<int> lengths, leftpad, cu_seqlens, cu_added;
   DecodeParams params{};
   int num_splits, multiprocessors;
   bool batch_invariant;
@@ -42,6 +42,9 @@ struct Call {
     num_splits = request.next();
     batch_invariant = request.next() != 0;
     multiprocessors = request.next();
+    params.added.rows = params.added.capacity = request.next();
+    cu_added = request.next_list();
+    if (!cu_added.empty()) params.added.cu_seqlens = cu_added.data();
   }
   Call(const Call&) = delete;
 
@@ -181,6 +184,7 @@ std::string merged(Request& request) {
   std::vector<int> finished(grid.items);
   std::vector<float4> shared(Config::kMergeBytes / 16);
   const MergeBuffer<Config> buffer(reinterpret_cast<uint8_t*>(shared.data()));
+  std::vector<float> part_lse(Config::kRows * Config::kMostParts, NAN);
 
   for (int64_t number = 0; number < grid.blocks; ++number) {
     const int block = static_cast<int>(number * step % grid.blocks);
@@ -189,7 +193,8 @@ std::string merged(Request& request) {
       attend_on_host<Config>(params, piece, sequence, buffer);
       for_each_thread<Config>([&] { merge_warps<__half>(params, piece, sequence, buffer); });
       if (piece.parts > 1 && finished.at(piece.item)++ == piece.parts - 1) {
-        for_each_thread<Config>([&] { merge_parts<__half, Config>(params, piece, sequence); });
+        for_each_thread<Config>([&] { load_part_lse<Config>(params, piece, sequence, part_lse.data()); });
+        for_each_thread<Config>([&] { merge_parts<__half, Config>(params, piece, sequence, part_lse.data()); });
       }
     }
   }
@@ -231,7 +236,8 @@ std::vector<uint8_t> table(const std::vector<int>& numbers, NumberType type) {
 
 // whether bfloat16, kv heads, heads, head dims, rows of k, of q, capacity, page size, pages, rows and stride of the
 // page table; lengths, entries, page table, cumulative lengths of k, of q (empty: none); rotary type, rows, dim,
-// interleaved, q per position, tables; memory of k, v, q, q_out, k_cache, v_cache: that of the last three afterwards
+// interleaved, q per position, tables; memory of k, v, q, q_out, k_cache, v_cache, and integers to set to 0: that of the
+// last four afterwards
 std::string append(Request& request) {
   AppendParams params{};
   const bool is_bfloat16 = request.next() != 0;
@@ -257,14 +263,21 @@ std::string append(Request& request) {
   params.k = k.view, params.v = v.view, params.q = q.view, params.q_out = q_out.view;
   params.cache.k = k_cache.view, params.cache.v = v_cache.view;
 
+  std::vector<int> zeroed = request.next_list();
+  params.zeroed = zeroed.data(), params.zeroed_count = static_cast<int>(zeroed.size()) - 1;  // not the last one
+
   blockDim = dim3(kAppendThreads);
   const int64_t blocks = append_blocks(params);
+  gridDim = dim3(static_cast<unsigned>(blocks));
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
     for (threadIdx.x = 0; threadIdx.x < kAppendThreads; ++threadIdx.x) {
       is_bfloat16 ? append_kernel<__nv_bfloat16>(params) : append_kernel<__half>(params);
     }
   }
-  return json({{"q_out", q_out.text()}, {"k_cache", k_cache.text()}, {"v_cache", v_cache.text()}});
+  return json({{"q_out", q_out.text()},
+               {"k_cache", k_cache.text()},
+               {"v_cache", v_cache.text()},
+               {"zeroed", json(zeroed)}});
 }
 
 }  // namespace

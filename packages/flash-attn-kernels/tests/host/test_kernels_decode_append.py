@@ -72,6 +72,7 @@ class Case:
     rotary_dim: int  # 0 without rotation
     interleaved: bool
     per_position: bool
+    counters: list[int]  # all but the last one become 0
     tensors: dict[str, Strided] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -103,6 +104,7 @@ class Case:
             *(int(self.interleaved), int(self.per_position)),
             *flattened(map(listed, tables)),
             *flattened(self.tensors[name].numbers() for name in NAMES),
+            *listed(self.counters),
         )
 
     def rotated(self, x: Tensor, position: int) -> Tensor:
@@ -154,7 +156,8 @@ class Case:
             x = self.tensors["q"].tensor[row]
             position = self.lengths[index] + (number if self.per_position else 0)
             view["q_out"][row] = x if index < 0 else self.rotated(x, position)
-        return {name: [bit & 0xFFFF for bit in bits(x)] for name, x in memory.items()}
+        zeroed = {"zeroed": [0] * (len(self.counters) - 1) + self.counters[-1:]}
+        return {name: [bit & 0xFFFF for bit in bits(x)] for name, x in memory.items()} | zeroed
 
 
 def cumulative(batch: int, most: int) -> list[int]:
@@ -198,6 +201,7 @@ def a_case(dtype: torch.dtype) -> Case:
         rotary_dim=random.choice((0, 2, head_dim, 2 * random.randint(1, head_dim // 2))),
         interleaved=bool(random.randrange(2)),
         per_position=bool(random.randrange(2)),
+        counters=[random.randint(1, 9) for _ in range(random.choice((1, 1, 40, 3000)))],
     )
 
 

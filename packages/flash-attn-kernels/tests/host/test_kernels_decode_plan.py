@@ -92,11 +92,26 @@ def test_equal_ranges_cover_every_item_once(decode_host: Host, multiprocessors: 
 
 
 def test_equal_ranges_keep_all_blocks_busy(decode_host: Host) -> None:
-    call = Call(heads=8, group=8, rows=1, capacity=64 * 132 * 10, left=-1, right=0, lengths=[64 * 132 * 10])
+    """One for each multiprocessor, or two where there is little to do."""
+    for tiles, expected in ((10, [5] * 264), (20, [20] * 132)):
+        keys = 64 * 132 * tiles
+        call = Call(heads=8, group=8, rows=1, capacity=keys, left=-1, right=0, lengths=[keys])
+        (answer,) = decode_host([("plan", 64, *call.numbers())])
+        check(call, 64, answer)
+        lengths = [sum(end - begin for (*_, begin, end, _, _), _ in pieces) for pieces in answer["blocks"]]
+        assert lengths == expected
+
+
+def test_all_heads_are_cut_at_the_same_places(decode_host: Host) -> None:
+    call = Call(heads=32, group=4, rows=1, capacity=5000, left=-1, right=0, lengths=[5000, 1234, 4999])
     (answer,) = decode_host([("plan", 64, *call.numbers())])
     check(call, 64, answer)
-    lengths = [sum(end - begin for (*_, begin, end, _, _), _ in pieces) for pieces in answer["blocks"]]
-    assert lengths == [10] * 132
+    assert len(answer["blocks"]) == 33 * 8
+    ranges: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    for pieces in answer["blocks"]:
+        for (index, head, _, _, begin, end, _, _), _ in pieces:
+            ranges[head].append((index, begin, end))
+    assert len(ranges) == 8 and all(cuts == ranges[0] for cuts in ranges.values())
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 1000])
@@ -135,12 +150,12 @@ def test_parts_of_fixed_size_cover_every_item_once_and_are_the_same_in_every_bat
 
 
 def test_tiles_are_counted_in_32_bits(decode_host: Host) -> None:
-    """Long queries to long caches: 8 sequences of 128 Ki rows and keys have more than 2^31 tiles of keys."""
+    """Long queries to long caches: 8 sequences of 128 Ki rows and keys have 2^30 tiles of keys for each head."""
     long = Call(heads=64, group=8, rows=131_072, capacity=131_072, left=-1, right=0, lengths=[131_072] * 8)
     short = Call(**{**vars(long), "rows": 4})
     (blocks, items, slots), few = decode_host([("grid", 64, *call.numbers()) for call in (long, short)])
     assert blocks == items == 8 * 8 * 131_072 * 8 // TILE_ROWS and slots == 0  # every item in one part
-    assert few == [132, 8 * 8 * 2, 264]
+    assert few == [16 * 8, 8 * 8 * 2, 2 * 16 * 8]
 
 
 def test_nothing_to_compute_is_no_item(decode_host: Host) -> None:

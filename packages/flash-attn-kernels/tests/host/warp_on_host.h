@@ -18,7 +18,7 @@ using std::min;
 constexpr int kLanes = 32;
 
 inline uint3 threadIdx, blockIdx;
-inline dim3 blockDim;
+inline dim3 blockDim, gridDim;
 
 // Lanes run in turn, each until it meets the others or ends.
 class WarpOnHost {

@@ -5,7 +5,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+#include <cstdint>
+
 #include "../sequence.cuh"
+#include "length.cuh"
 #include "params.h"
 
 namespace flash_attn::decode {
@@ -71,7 +75,13 @@ __device__ __forceinline__ int64_t row_offset(const TensorView& view, const RowL
 template <typename Element>
 __global__ void append_kernel(const __grid_constant__ AppendParams params) {
   const int lane = threadIdx.x % 32;
-  int64_t number = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = thread; i < params.zeroed_count; i += threads) params.zeroed[i] = 0;
+  for (int64_t i = thread; params.lengths_after != nullptr && i < params.batch; i += threads) {
+    params.lengths_after[i] = length_of(params.cache, params.added, params.batch, static_cast<int>(i));
+  }
+  int64_t number = thread / 32;
   const int64_t added =
       (params.added.cu_seqlens == nullptr ? static_cast<int64_t>(params.batch) : 1) * params.added.rows;
   const int64_t queries =
@@ -116,7 +126,8 @@ inline int64_t append_blocks(const AppendParams& params) {
     return (layout.cu_seqlens == nullptr ? static_cast<int64_t>(params.batch) : 1) * layout.rows;
   };
   const int64_t warps = 2 * rows(params.added) * params.kv_heads + rows(params.queries) * params.heads;
-  return (warps * 32 + kAppendThreads - 1) / kAppendThreads;
+  const bool has_more = params.zeroed_count > 0 || params.lengths_after != nullptr;
+  return std::max<int64_t>((warps * 32 + kAppendThreads - 1) / kAppendThreads, has_more ? 1 : 0);
 }
 
 }  // namespace flash_attn::decode

@@ -16,6 +16,9 @@ struct DecodeConfig {
   static constexpr int kStages = kStages_;
   static constexpr int kBlocksPerMultiprocessor = kBlocks_;
   static constexpr int kLeastTiles = 4;  // of a part: less is not worth a merge
+  // Memory is fastest at reading if every multiprocessor runs one block; where a block has no more than so many tiles,
+  // what counts is that loads start, and two do better.
+  static constexpr int kFewTiles = 16;
   using QueryTile = SharedTile<kRows, kHeadDim>;
   using KeyTile = SharedTile<kWarpKeys, kHeadDim>;
   using ValueTile = SharedTile<kWarpKeys, kHeadDimV>;
@@ -23,6 +26,8 @@ struct DecodeConfig {
   static constexpr int kLoadBytes = kWarps * kStages * kStageBytes;
   // Afterwards the same memory holds the outputs of all warps.
   static constexpr int kMergeBytes = kWarps * kRows * (kHeadDimV + 2) * 4;
+  // Or what is known of all parts of an item, which are at most so many.
+  static constexpr int kMostParts = kLoadBytes / (kRows * 4);
   static constexpr int kSharedBytes = QueryTile::kBytes + (kLoadBytes > kMergeBytes ? kLoadBytes : kMergeBytes);
 };
 

@@ -12,8 +12,8 @@
 #include "../../ptx/shared_memory.cuh"
 #include "../mask.cuh"
 #include "../score_modifiers.cuh"
-#include "../sm80/warp_gemm.cuh"
 #include "../softmax.cuh"
+#include "../warp_gemm.cuh"
 #include "config.h"
 #include "params.h"
 #include "plan.cuh"
@@ -183,7 +183,7 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Piece& 
   const int shift = sequence.shift;
   const LaneOffsets lanes(lane);
   float out[1][kOutTiles][4];
-  sm80::clear(out);
+  clear(out);
   OnlineSoftmax<1> softmax;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
@@ -193,14 +193,12 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Piece& 
     places = places_of(step + Config::kStages);
     const int stage = step % Config::kStages;
     float scores[1][2][4];
-    sm80::clear(scores);
-    sm80::warp_gemm<Element, Config::kHeadDim / 16, Config::kHeadDim / 16>(
-        scores, sm80::RowOperand{q_tile, 0, lanes.rows_first},
-        sm80::RowOperand{key_tile(stage), 0, lanes.columns_first});
+    clear(scores);
+    warp_gemm<Element, Config::kHeadDim / 16, Config::kHeadDim / 16>(
+        scores, RowOperand{q_tile, 0, lanes.rows_first}, RowOperand{key_tile(stage), 0, lanes.columns_first});
     const int column = (piece.tile_begin + step) * Config::kColumns + warp * Config::kWarpKeys + 2 * (lane % 4);
     if (params.softcap > 0.f) {
-      const float factor = params.softmax_scale_log2 * 2.f / params.softcap, cap = params.softcap * kLog2e;
-      for_each_element<1, 2>([&](int i, int j, int e) { scores[i][j][e] = capped(scores[i][j][e], factor, cap); });
+      soft_cap(scores, SoftCap(params.softmax_scale_log2, params.softcap), [](int, int, int, float) {});
     } else {
       for_each_element<1, 2>([&](int i, int j, int e) { scores[i][j][e] *= params.softmax_scale_log2; });
     }
@@ -217,8 +215,8 @@ __device__ __forceinline__ void attend(const DecodeParams& params, const Piece& 
       if (!exists || key < diagonal - params.window.left || key > diagonal + params.window.right) score = -INFINITY;
     });
     softmax.template update<true>(scores, out, 1.f);
-    sm80::warp_gemm<Element, 1, 1>(out, sm80::RegisterOperand<Element, 1, 2>{scores},
-                                   sm80::TransposedOperand{value_tile(stage), 0, lanes.rows_first});
+    warp_gemm<Element, 1, 1>(out, RegisterOperand<Element, 1, 2>{scores},
+                             TransposedOperand{value_tile(stage), 0, lanes.rows_first});
   }
   ptx::cp_async_wait<0>();
   __syncthreads();  // nobody reads keys or values any more: the buffer takes their place
@@ -293,22 +291,35 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& params, const Pi
   });
 }
 
+// Base-2 log-sum-exps of all parts of an item's rows, (rows, parts), for merge_parts(): read by all threads at once.
+template <typename Config>
+__device__ __forceinline__ void load_part_lse(const DecodeParams& params, const Piece& piece,
+                                              const DecodeSequence& sequence, float* part_lse) {
+  for (int i = threadIdx.x; i < Config::kRows * piece.parts; i += Config::kThreads) {
+    const int tile_row = i / piece.parts, part = i - tile_row * piece.parts;
+    const ItemRow row(params, sequence, piece.kv_head, piece.row_tile * Config::kRows + tile_row);
+    if (row.exists) {
+      part_lse[i] = __ldcg(params.lse_partial + int64_t{piece.slot(part)} * Config::kRows + tile_row);
+    }
+  }
+}
+
 // Merges all parts of an item into the output.
 template <typename Element, typename Config>
 __device__ __forceinline__ void merge_parts(const DecodeParams& params, const Piece& piece,
-                                            const DecodeSequence& sequence) {
+                                            const DecodeSequence& sequence, const float* part_lse) {
   for_each_chunk<Config>(params, piece, sequence, [&](int tile_row, const ItemRow& row, int column) {
-    const auto slot_row = [&](int part) { return int64_t{piece.slot(part)} * Config::kRows + tile_row; };
+    const float* const lse = part_lse + tile_row * piece.parts;
     float top = -INFINITY;
-#pragma unroll 8
-    for (int part = 0; part < piece.parts; ++part) top = fmaxf(top, __ldcg(params.lse_partial + slot_row(part)));
+    for (int part = 0; part < piece.parts; ++part) top = fmaxf(top, lse[part]);
     float total = 0.f, values[8] = {};
     if (top != -INFINITY) {
-#pragma unroll 4
+#pragma unroll 8
       for (int part = 0; part < piece.parts; ++part) {
-        const float weight = ptx::exp2(__ldcg(params.lse_partial + slot_row(part)) - top);
+        const float weight = ptx::exp2(lse[part] - top);
+        const int64_t slot_row = int64_t{piece.slot(part)} * Config::kRows + tile_row;
         const float4* source =
-            reinterpret_cast<const float4*>(params.out_partial + slot_row(part) * Config::kHeadDimV + column);
+            reinterpret_cast<const float4*>(params.out_partial + slot_row * Config::kHeadDimV + column);
         const float4 low = __ldcg(source), high = __ldcg(source + 1);
         const float parts[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
         total += weight;
@@ -345,7 +356,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
       __syncthreads();
       if (is_last) {
         __threadfence();
-        merge_parts<Element, Config>(params, piece, sequence);
+        float* const part_lse = reinterpret_cast<float*>(shared);
+        load_part_lse<Config>(params, piece, sequence, part_lse);
+        __syncthreads();
+        merge_parts<Element, Config>(params, piece, sequence, part_lse);
       }
     }
     __syncthreads();  // before the next piece overwrites the buffer

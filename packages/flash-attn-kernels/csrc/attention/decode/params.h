@@ -11,7 +11,7 @@ namespace flash_attn::decode {
 // with a page table, of pages: key t is row t % page_size of page table[entry * table_stride + t / page_size].
 struct CacheLayout {
   TensorView k, v;     // (page or entry, row, head, dim); batch_stride leads from one page or entry to the next
-  const int* lengths;  // (sequences): keys of each
+  const int* lengths;  // (sequences): keys of each, without those that are appended in the same call
   const int* leftpad;  // (sequences): so many keys at the beginning are none; null is 0
   const int* entries;
   const int* page_table;
@@ -43,6 +43,7 @@ struct CachePlace {
 struct DecodeParams {
   ProblemShape shape;
   RowLayout queries;
+  RowLayout added;  // rows of keys that the cache has got in the same call
   CacheLayout cache;
   TensorView q, out;
   Window window;
@@ -57,7 +58,7 @@ struct DecodeParams {
   // Into how many parts the keys of a sequence are cut; 0: so that all blocks have equally much to do, or, with
   // tiles_per_part, at multiples of so many tiles, whatever else is in the batch.
   int num_splits, tiles_per_part;
-  int blocks_at_once;   // that the device runs
+  int ranges;           // of equal size, one for each block of a key-value head
   float* out_partial;   // (slots, rows, head dim of v), normalised
   float* lse_partial;   // (slots, rows), base 2
   int* finished_parts;  // (items), zeroed
@@ -72,8 +73,12 @@ struct AppendParams {
   int kv_heads, heads;       // heads is 0 without queries
   int head_dim, head_dim_v;
   TensorView k, v, q, q_out;
-  CacheLayout cache;  // lengths are those before
-  const void* cos;    // (rows, rotary_dim / 2), null without rotation
+  CacheLayout cache;
+  // On the way, for the next kernel; null if it does not want that:
+  int* zeroed;  // integers that are set to 0
+  int zeroed_count;
+  int* lengths_after;  // (sequences): keys of each, with the new ones
+  const void* cos;     // (rows, rotary_dim / 2), null without rotation
   const void* sin;
   NumberType rotary_type;
   int rotary_rows, rotary_dim;

@@ -1,11 +1,14 @@
 // Which part of the work a block does.
 //
 // An item is a tile of rows of one sequence and key-value head: row r is query r / G of the G heads that share the
-// keys, head r % G. Tiles of keys of all items form a stream that is cut into equal ranges, one for each block: a block
-// gets pieces of items. How long the stream is only the device knows: every block goes through the lengths.
+// keys, head r % G. Tiles of keys of all items of a head form a stream that is cut into equal ranges, one for each
+// block of that head: a block gets pieces of items. How long the stream is only the device knows: every block goes
+// through the lengths. All heads are cut at the same places, and blocks of all heads run at the same time: keys of one
+// position, which are neighbours in memory, are read together, which memory is up to a tenth faster at.
 #pragma once
 
 #include "../sequence.cuh"
+#include "length.cuh"
 #include "params.h"
 
 namespace flash_attn::decode {
@@ -44,11 +47,11 @@ struct DecodeSequence {
     const int batch = params.shape.batch;
     first_query = first_row(params.queries, index);
     queries = stored_rows(params.queries, batch, index);
-    const int keys = index == batch ? 0 : min(max(params.cache.lengths[index], 0), params.cache.capacity);
+    // What the cache has no room for is not there, but counts for the alignment.
+    const int length = index == batch ? 0 : length_of(params.cache, params.added, batch, index);
+    const int keys = min(length, params.cache.capacity);
     const int leftpad =
         params.cache.leftpad == nullptr || index == batch ? 0 : min(max(params.cache.leftpad[index], 0), keys);
-    // What the cache has no room for is not there, but counts for the alignment.
-    const int length = index == batch ? 0 : min(max(params.cache.lengths[index], 0), Window::kUnbounded);
     shift = params.window.top_left ? 0 : length - queries;
     row_tiles = ceil_div(queries * params.shape.heads_per_kv_head, tile_rows);
     first_key = max(leftpad, shift - params.window.left);
@@ -81,36 +84,38 @@ class DecodePlan {
   __device__ __forceinline__ DecodePlan(const DecodeParams& params, int block)
       : params_(params),
         kv_heads_(params.shape.heads / params.shape.heads_per_kv_head),
-        position_(block),
-        end_(block + 1) {
+        kv_head_(block % kv_heads_),
+        position_(block / kv_heads_),
+        end_(position_ + 1) {
     if (!is_stream()) return;
     const int lane = threadIdx.x % 32;
     int tiles = 0;
     for (int index = lane; index < sequence_count(params); index += 32) tiles += units(sequence(index));
-    range_ = max(ceil_div(warp_sum(tiles), params.blocks_at_once), Config::kLeastTiles);
-    position_ = block * range_, end_ = position_ + range_;
+    range_ = max(ceil_div(warp_sum(tiles), params.ranges), Config::kLeastTiles);
+    position_ *= range_, end_ = position_ + range_;
   }
 
   // False if there is no more.
   __device__ __forceinline__ bool next(Piece& piece) {
     if (position_ >= end_) return false;
     const int lane = threadIdx.x % 32;
-    int first_unit = 0, first_item = 0;
+    int first_unit = 0, first_row_tile = 0;
     for (int base = 0; base < sequence_count(params_); base += 32) {
-      int count = 0, items = 0;
+      int count = 0, row_tiles = 0;
       if (base + lane < sequence_count(params_)) {
         const DecodeSequence candidate = sequence(base + lane);
-        count = units(candidate), items = candidate.row_tiles * kv_heads_;
+        count = units(candidate), row_tiles = candidate.row_tiles;
       }
-      const int begin = first_unit + warp_prefix(count, lane), item = first_item + warp_prefix(items, lane);
+      const int begin = first_unit + warp_prefix(count, lane);
+      const int row_tile = first_row_tile + warp_prefix(row_tiles, lane);
       const unsigned found = __ballot_sync(0xffffffffu, position_ >= begin && position_ < begin + count);
       if (found != 0) {
         const int source = __ffs(found) - 1;
         piece.index = base + source;
-        place(piece, __shfl_sync(0xffffffffu, begin, source), __shfl_sync(0xffffffffu, item, source));
+        place(piece, __shfl_sync(0xffffffffu, begin, source), __shfl_sync(0xffffffffu, row_tile, source));
         return true;
       }
-      first_unit += warp_sum(count), first_item += warp_sum(items);
+      first_unit += warp_sum(count), first_row_tile += warp_sum(row_tiles);
     }
     return false;
   }
@@ -127,31 +132,32 @@ class DecodePlan {
     return max(ceil_div(sequence.tile_end, params_.tiles_per_part) - sequence.tile_begin / params_.tiles_per_part, 1);
   }
   __device__ __forceinline__ int units(const DecodeSequence& sequence) const {
-    return sequence.row_tiles * kv_heads_ * units_of_item(sequence);
+    return sequence.row_tiles * units_of_item(sequence);
   }
 
-  // The piece at position_, in a sequence whose first unit and item are given; goes behind it.
-  __device__ __forceinline__ void place(Piece& piece, int first_unit, int first_item) {
+  // The piece at position_, in a sequence whose first unit and tile of rows are given; goes behind it.
+  __device__ __forceinline__ void place(Piece& piece, int first_unit, int first_row_tile) {
     const DecodeSequence found = sequence(piece.index);
     const int per_item = units_of_item(found);
-    const int item = (position_ - first_unit) / per_item, unit = position_ - first_unit - item * per_item;
-    piece.item = first_item + item;
-    piece.row_tile = item / kv_heads_, piece.kv_head = item - piece.row_tile * kv_heads_;
+    piece.row_tile = (position_ - first_unit) / per_item;
+    const int unit = position_ - first_unit - piece.row_tile * per_item;
+    piece.kv_head = kv_head_;
+    piece.item = (first_row_tile + piece.row_tile) * kv_heads_ + kv_head_;
     if (is_stream()) {
       const int item_begin = position_ - unit, item_end = item_begin + per_item;
-      const int first_block = item_begin / range_;
-      piece.part = position_ / range_ - first_block;
-      piece.parts = (item_end - 1) / range_ - first_block + 1;
+      const int first_range = item_begin / range_;
+      piece.part = position_ / range_ - first_range;
+      piece.parts = (item_end - 1) / range_ - first_range + 1;
       // A block has at most two parts of items that are not wholly its own: of one that began before, and of one that
       // goes on behind.
-      piece.first_slot = 2 * first_block + 1, piece.later_slots = 2 * (first_block + 1), piece.slot_step = 2;
+      set_slots(piece, 2 * first_range + 1, 2 * (first_range + 1), 2);
       piece.tile_begin = found.tile_begin + unit;
       piece.tile_end = min(found.tile_end, piece.tile_begin + end_ - position_);
       position_ = min(item_end, end_);
       return;
     }
     piece.part = unit, piece.parts = per_item;
-    piece.first_slot = position_ - unit, piece.later_slots = piece.first_slot + 1, piece.slot_step = 1;
+    set_slots(piece, position_ - unit, position_ - unit + 1, 1);
     if (params_.num_splits > 0) {  // equal parts, the first ones a tile longer
       const int size = found.tiles() / per_item, longer = found.tiles() % per_item;
       piece.tile_begin = found.tile_begin + unit * size + min(unit, longer);
@@ -164,8 +170,13 @@ class DecodePlan {
     position_ = end_;
   }
 
+  __device__ __forceinline__ void set_slots(Piece& piece, int first, int later, int step) const {
+    piece.first_slot = first * kv_heads_ + kv_head_, piece.later_slots = later * kv_heads_ + kv_head_;
+    piece.slot_step = step * kv_heads_;
+  }
+
   const DecodeParams& params_;
-  const int kv_heads_;
+  const int kv_heads_, kv_head_;
   int range_ = 0;
   int position_, end_;
 };

@@ -18,11 +18,11 @@
 #include "../shared_tile.cuh"
 #include "../tile_copy.cuh"
 #include "../visible_range.cuh"
+#include "../warp_gemm.cuh"
 #include "backward_work.cuh"
 #include "config.h"
 #include "dq_accumulator.cuh"
 #include "key_gradients.cuh"
-#include "warp_gemm.cuh"
 
 namespace flash_attn::sm80 {
 

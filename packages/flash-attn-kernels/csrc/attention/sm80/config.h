@@ -43,7 +43,7 @@ struct ForwardConfig {
   using BiasTile = SharedTile<kRows, kColumns>;
   static_assert(OutTile::kBytes <= QueryTile::kBytes, "the output leaves through the query tile");
   static constexpr int kSharedBytes =
-      QueryTile::kBytes + KeyTile::kBytes + ValueTile::kBytes + (kGeneral ? BiasTile::kBytes : 0);
+      QueryTile::kBytes + KeyTile::kBytes + ValueTile::kBytes + (kGeneral ? BiasTile::kBytes + 2 * kColumns : 0);
   static constexpr TileShape kShape{kRows, kColumns, kWarps, kSharedBytes, kHeadDim};
 };
 

@@ -13,8 +13,8 @@
 #include "../softmax.cuh"
 #include "../tile_copy.cuh"
 #include "../visible_range.cuh"
+#include "../warp_gemm.cuh"
 #include "config.h"
-#include "warp_gemm.cuh"
 
 namespace flash_attn::sm80 {
 
@@ -67,6 +67,23 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, uint32
       work.first_query, stored, params.shape.head_dim_v, lane);
 }
 
+// Hides the keys of a tile that do not exist.
+template <int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void hide_absent(float (&scores)[kRowTiles][kColumnTiles][4], const uint8_t* exist,
+                                            const FragmentOrigin& origin) {
+#pragma unroll
+  for (int j = 0; j < kColumnTiles; ++j) {
+    const uchar2 pair = *reinterpret_cast<const uchar2*>(exist + origin.tile_column + 8 * j);
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if ((e % 2 == 0 ? pair.x : pair.y) == 0) scores[i][j][e] = -INFINITY;
+      }
+    }
+  }
+}
+
 template <typename Element, typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiprocessor)
     forward_kernel(const __grid_constant__ ForwardParams params) {
@@ -93,8 +110,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
   const Rows values =
       key_rows(Rows(params, params.v, sequence.index, sequence.first_k, sequence.seqlen_k, kv_head, shape.head_dim_v),
                params, sequence.index, params.modifiers.pages.v_page_stride);
+  // Whether the keys of a tile are in pages that exist: of the tile in use, and of the one on its way.
+  uint8_t* const keys_exist = shared + Config::kSharedBytes - 2 * Config::kColumns;
   const auto load_keys = [&](int n) {
-    load_tile_async<Config::kThreads>(k_tile, keys, n * Config::kColumns, ptx::thread_index());
+    load_tile_async<Config::kThreads>(
+        k_tile, keys, n * Config::kColumns, ptx::thread_index(),
+        [&](int row, bool exists) { keys_exist[n % 2 * Config::kColumns + row] = exists; });
   };
   const auto load_values = [&](int n) {
     load_tile_async<Config::kThreads>(v_tile, values, n * Config::kColumns, ptx::thread_index());
@@ -142,6 +163,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerMultiproce
     if constexpr (Config::kGeneral) {
       float slopes[Config::kRowTiles][kScoreTiles][4];  // only the backward needs them
       ScoreModifier(params, sequence, work.head).apply(scores, slopes, origin, bias_tile);
+      if (params.modifiers.pages.table != nullptr) hide_absent(scores, keys_exist + n % 2 * Config::kColumns, origin);
       masked =
           !is_clean(sequence, params.window, work.first_query, Config::kRows, n * Config::kColumns, Config::kColumns);
     }

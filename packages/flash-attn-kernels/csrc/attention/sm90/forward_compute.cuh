@@ -126,7 +126,10 @@ __device__ __forceinline__ void consume(const ForwardKernelParams& params, const
       ptx::wgmma_commit();
     };
     const auto to_probabilities = [&](float (&scores)[1][kScoreTiles][4], int n) {
-      if constexpr (kSoftcap) soft_cap(scores, attention, [](int, int, int, float) {});
+      if constexpr (kSoftcap) {
+        soft_cap(scores, SoftCap(attention.softmax_scale_log2, attention.modifiers.softcap),
+                 [](int, int, int, float) {});
+      }
       if (n >= range.clean_end || n < range.clean_begin) {
         const int column = n * Config::kColumns + 2 * (lane % 4);
         if (attention.window.left == Window::kUnbounded) {

@@ -14,14 +14,16 @@ namespace flash_attn::sm90 {
 template <typename Config>
 TensorMaps tensor_maps(const ForwardParams& params, bool bfloat16) {
   const ProblemShape& shape = params.shape;
-  const int sequences = params.queries.cu_seqlens == nullptr ? shape.batch : 1;
+  const int matrices = params.queries.cu_seqlens == nullptr ? shape.batch : 1;
+  const int key_matrices = params.keys.cu_seqlens == nullptr ? shape.batch : 1;
   const int kv_heads = shape.heads / shape.heads_per_kv_head;
   TensorMaps maps;
-  maps.q = tensor_map(params.q, {shape.head_dim, params.queries.rows, shape.heads, sequences}, Config::kRows, bfloat16);
+  maps.q = tensor_map(params.q, {shape.head_dim, params.queries.rows, shape.heads, matrices}, Config::kRows, bfloat16);
   if (params.keys.rows > 0) {
-    maps.k = tensor_map(params.k, {shape.head_dim, params.keys.rows, kv_heads, sequences}, Config::kColumns, bfloat16);
+    maps.k =
+        tensor_map(params.k, {shape.head_dim, params.keys.rows, kv_heads, key_matrices}, Config::kColumns, bfloat16);
     maps.v =
-        tensor_map(params.v, {shape.head_dim_v, params.keys.rows, kv_heads, sequences}, Config::kColumns, bfloat16);
+        tensor_map(params.v, {shape.head_dim_v, params.keys.rows, kv_heads, key_matrices}, Config::kColumns, bfloat16);
   } else {
     maps.k = maps.v = maps.q;  // valid, and not used
   }

@@ -26,6 +26,7 @@ constexpr int kRequestDistance = 3;
 template <typename Config>
 __device__ __forceinline__ void load(const ForwardKernelParams& params, const ForwardShared<Config>& shared) {
   const bool packed = params.attention.queries.cu_seqlens != nullptr;
+  const bool packed_keys = params.attention.keys.cu_seqlens != nullptr;
   Cursor<Config::kWorkStages> cursor;
   Cursor<Config::kQueryStages> query;
   Cursor<Config::kStages> key, value;
@@ -35,7 +36,7 @@ __device__ __forceinline__ void load(const ForwardKernelParams& params, const Fo
     const int head = work.head;
     if (head == ForwardWork::kNone) return;
     const int kv_head = head / params.attention.shape.heads_per_kv_head;
-    const int batch = packed ? 0 : work.sequence.index;
+    const int query_matrix = packed ? 0 : work.sequence.index, key_matrix = packed_keys ? 0 : work.sequence.index;
     const int first_query = work.sequence.first_q + work.first_query, first_key = work.sequence.first_k;
     const int begin = work.range.begin, end = work.range.end;
     shared.works.release(cursor);
@@ -44,7 +45,7 @@ __device__ __forceinline__ void load(const ForwardKernelParams& params, const Fo
     const auto load_keys = [&](int n) {
       shared.keys.wait_empty(key);
       load_tile<typename Config::KeyTile>(shared.key_tile(key.stage), params.maps.k, shared.keys.full(key.stage),
-                                          first_key + n * Config::kColumns, kv_head, batch,
+                                          first_key + n * Config::kColumns, kv_head, key_matrix,
                                           ptx::CachePolicy::kEvictLast);
       key.advance();
     };
@@ -52,13 +53,13 @@ __device__ __forceinline__ void load(const ForwardKernelParams& params, const Fo
       shared.values.wait_empty(value);
       load_tile<typename Config::ValueTile>(shared.value_tile(value.stage), params.maps.v,
                                             shared.values.full(value.stage), first_key + n * Config::kColumns, kv_head,
-                                            batch, ptx::CachePolicy::kEvictLast);
+                                            key_matrix, ptx::CachePolicy::kEvictLast);
       value.advance();
     };
     load_keys(end - 1);  // while the consumers may still have the queries before
     shared.queries.wait_empty(query);
     load_tile<typename Config::QueryTile>(shared.query_tile(query.stage), params.maps.q,
-                                          shared.queries.full(query.stage), first_query, head, batch,
+                                          shared.queries.full(query.stage), first_query, head, query_matrix,
                                           ptx::CachePolicy::kEvictFirst);
     query.advance();
     const int requesting = min(end - 1, begin + kRequestDistance);

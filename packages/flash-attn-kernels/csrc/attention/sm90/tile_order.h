@@ -44,8 +44,8 @@ __host__ __device__ constexpr int static_position(int block, int blocks, int rou
 
 // Whether tiles take differently long.
 inline bool tiles_differ(const ForwardParams& params) {
-  return params.queries.cu_seqlens != nullptr || params.window.left != Window::kUnbounded ||
-         params.window.right != Window::kUnbounded;
+  return params.queries.cu_seqlens != nullptr || params.keys.seqused != nullptr ||
+         params.window.left != Window::kUnbounded || params.window.right != Window::kUnbounded;
 }
 
 // Whether blocks share out the tiles while they run, with a counter, because the tiles take differently long. If there

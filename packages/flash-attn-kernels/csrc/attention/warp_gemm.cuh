@@ -3,11 +3,11 @@
 
 #include <cstdint>
 
-#include "../../ptx/ldmatrix.cuh"
-#include "../../ptx/mma.cuh"
-#include "../shared_tile.cuh"
+#include "../ptx/ldmatrix.cuh"
+#include "../ptx/mma.cuh"
+#include "shared_tile.cuh"
 
-namespace flash_attn::sm80 {
+namespace flash_attn {
 
 // Operands in shared memory deliver 16 x 16 blocks (i, k): rows (of A) or columns (of B) 16 i ..., depth 16 k .... The
 // lane offset says in which order the block's four 8 x 8 matrices arrive, see LaneOffsets; that is all in which A and
@@ -86,4 +86,4 @@ __device__ __forceinline__ void clear(float (&accumulator)[kRowTiles][kColumnTil
       for (int e = 0; e < 4; ++e) accumulator[i][j][e] = 0.f;
 }
 
-}  // namespace flash_attn::sm80
+}  // namespace flash_attn
