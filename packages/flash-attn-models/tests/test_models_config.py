@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import pytest
-from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel
+from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel, RotaryScaling
 
 SMALL = {"vocab_size": 128, "max_seqlen": 32, "n_layer": 2, "n_head": 4, "d_model": 64}
 
@@ -68,7 +68,10 @@ def test_config_is_frozen():
         ({"n_head_kv": 3}, r"GPTConfig.n_head_kv: got 3; expected a divisor of n_head=4"),
         ({"activation": "swigluu"}, r"GPTConfig.activation: got 'swigluu'.*did you mean 'swiglu'"),
         ({"norm": None}, r"GPTConfig.norm: got None; expected one of 'layer_norm', 'rms_norm'"),
-        ({"position": "alibi"}, r"GPTConfig.position: got 'alibi'; expected one of 'learned', 'rotary'"),
+        (
+            {"position": "alib"},
+            r"GPTConfig.position: got 'alib'; .*'learned', 'rotary', 'alibi' \(did you mean 'alibi'",
+        ),
         ({"rotary_dim": 8}, r"GPTConfig.rotary_dim: got 8;.*position='learned' has no rotary embedding"),
         ({"rotary_base": 5e5}, r"GPTConfig.rotary_base: got 500000.0;.*no rotary embedding"),
         ({"rotary_interleaved": True}, r"GPTConfig.rotary_interleaved: got True;.*no rotary embedding"),
@@ -78,6 +81,58 @@ def test_config_is_frozen():
         ),
         ({"position": "rotary", "rotary_dim": 7}, r"GPTConfig.rotary_dim: got 7; expected an even number"),
         ({"position": "rotary", "d_head": 15}, r"GPTConfig.rotary_dim: got 15; expected an even number"),
+        ({"rotary_scaling": {"kind": "linear", "factor": 2.0}}, r"GPTConfig.rotary_scaling: got .*no rotary"),
+        (
+            {"position": "rotary", "rotary_scaling": 2.0},
+            r"GPTConfig.rotary_scaling: got 2.0; expected a Rotary",
+        ),
+        (
+            {"position": "rotary", "rotary_scaling": {"kind": "yarn", "factor": 2.0}},
+            r"RotaryScaling.original_max_seqlen: got None; expected a value, which 'yarn' needs",
+        ),
+        (
+            {"position": "rotary", "rotary_scaling": {"kind": "linar", "factor": 2.0}},
+            r"RotaryScaling.kind: got 'linar'; .*did you mean 'linear'",
+        ),
+        (
+            {"position": "rotary", "rotary_scaling": {"kind": "linear", "factor": -2.0}},
+            r"RotaryScaling.factor: got -2.0; expected a positive",
+        ),
+        (
+            {"position": "rotary", "rotary_scaling": {"factor": 2.0}},
+            r"RotaryScaling: got no kind; expected one of 'linear'",
+        ),
+        (
+            {
+                "position": "rotary",
+                "rotary_scaling": {
+                    "kind": "llama3",
+                    "factor": 2.0,
+                    "original_max_seqlen": 16,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 1.0,
+                },
+            },
+            r"high_freq_factor: got 1.0; expected a number above low_freq_factor",
+        ),
+        ({"alibi_scaled": True}, r"GPTConfig.alibi_scaled: got True;.*has no ALiBi"),
+        ({"position": "alibi", "position_offset": 2}, r"GPTConfig.position_offset: got 2;.*no table"),
+        ({"position_offset": -1}, r"GPTConfig.position_offset: got -1; expected an integer of at least 0"),
+        ({"window": 0}, r"GPTConfig.window: got 0; expected a positive integer"),
+        ({"window_first_layer": 1}, r"GPTConfig.window_first_layer: got 1;.*there is no window"),
+        (
+            {"window": 4, "window_first_layer": 2},
+            r"GPTConfig.window_first_layer: got 2; expected less than n_layer=2",
+        ),
+        ({"softcap": 0.0}, r"GPTConfig.softcap: got 0.0; expected a positive, finite number"),
+        ({"softmax_scale": -1.0}, r"GPTConfig.softmax_scale: got -1.0; expected a positive"),
+        ({"logit_scale": 0}, r"GPTConfig.logit_scale: got 0; expected a positive"),
+        ({"embedding_scale": "2"}, r"GPTConfig.embedding_scale: got '2'; expected a positive"),
+        ({"tied_norm": True}, r"GPTConfig.tied_norm: got True;.*parallel_block=False needs two norms"),
+        ({"parallel_block": True, "prenorm": False}, r"GPTConfig.parallel_block: got True;.*prenorm=False"),
+        ({"head_bias": True}, r"GPTConfig.head_bias: got True;.*a tied head has no parameters"),
+        ({"d_embedding": 64}, r"GPTConfig.d_embedding: got 64; expected another width than d_model"),
+        ({"qk_norm": None}, r"GPTConfig.qk_norm: got None; expected True or False"),
         ({"qkv_bias": 1}, r"GPTConfig.qkv_bias: got 1; expected True or False"),
         ({"dropout": 1.0}, r"GPTConfig.dropout: got 1.0; expected a probability in \[0, 1\)"),
         ({"embedding_dropout": -0.1}, r"GPTConfig.embedding_dropout: got -0.1; expected a probability"),
@@ -108,3 +163,16 @@ def test_unknown_and_missing_fields_are_refused():
         GPTConfig.gpt2("smal")
     with pytest.raises(ValueError, match=r"size: got 'llama2-70b'; expected one of .*'llama2-7b'"):
         GPTConfig.llama("llama2-70b")
+
+
+def test_scaling_survives_json_and_hashing():
+    config = GPTConfig(
+        **SMALL,
+        position="rotary",
+        rotary_scaling={"kind": "yarn", "factor": 2.0, "original_max_seqlen": 16, "truncate": False},
+    )
+    assert isinstance(config.rotary_scaling, RotaryScaling)
+    again = GPTConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and hash(again) == hash(config)
+    with pytest.raises(ValueError, match=r"RotaryScaling: got unknown field 'beta' \(did you mean"):
+        RotaryScaling.from_dict({"kind": "yarn", "beta": 3})

@@ -73,6 +73,21 @@ def test_bfloat16_logits_obey_the_tolerance_law(config, plain_gpt):
         {"out_bias": False},
         {"mlp_bias": False},
         {"tie_embeddings": False},
+        {"tie_embeddings": False, "head_bias": True},
+        {"position": "alibi"},
+        {"position_offset": 2},
+        {"window": 5},
+        {"window": 5, "window_first_layer": 1},
+        {"softcap": 0.5},
+        {"softmax_scale": 1.0},
+        {"qk_norm": True},
+        {"prenorm": False},
+        {"parallel_block": True},
+        {"parallel_block": True, "tied_norm": True},
+        {"d_embedding": 20},
+        {"normalize_head": True},
+        {"embedding_scale": 3.0},
+        {"logit_scale": 0.5},
     ],
     ids=str,
 )
@@ -81,10 +96,35 @@ def test_every_architecture_field_changes_the_logits(changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"rotary_base": 100.0}, {"rotary_dim": 4}, {"rotary_interleaved": True}], ids=str
+    "changes",
+    [
+        {"rotary_base": 100.0},
+        {"rotary_dim": 4},
+        {"rotary_interleaved": True},
+        {"rotary_scaling": {"kind": "linear", "factor": 2.0}},
+        {"rotary_scaling": {"kind": "dynamic", "factor": 2.0, "original_max_seqlen": 8}},
+        {"rotary_scaling": {"kind": "yarn", "factor": 2.0, "original_max_seqlen": 12}},
+        {
+            "rotary_scaling": {
+                "kind": "llama3",
+                "factor": 2.0,
+                "original_max_seqlen": 12,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            }
+        },
+    ],
+    ids=str,
 )
 def test_every_rotary_field_changes_the_logits(changes):
     _assert_logits_differ(ROTARY, dataclasses.replace(ROTARY, **changes))
+
+
+def test_alibi_scaled_and_the_first_layer_of_a_window_change_the_logits():
+    alibi = dataclasses.replace(SMALL, position="alibi")
+    _assert_logits_differ(alibi, dataclasses.replace(alibi, alibi_scaled=True))
+    window = dataclasses.replace(SMALL, window=5)
+    _assert_logits_differ(window, dataclasses.replace(window, window_first_layer=1))
 
 
 def _assert_logits_differ(config, changed):

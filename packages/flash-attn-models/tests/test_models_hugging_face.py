@@ -169,8 +169,8 @@ def test_token_ids_outside_the_vocabulary_become_none():
     ("fields", "message"),
     [
         (
-            {"model_type": "mistral"},
-            r"config field 'model_type': got 'mistral'; expected one of 'gpt2', 'llama'",
+            {"model_type": "mistrall"},
+            r"config field 'model_type': got 'mistrall'; expected one of 'gpt2', 'llama', 'mistral'",
         ),
         ({"hidden_size": 8}, r"config field 'model_type': got None"),
         ({**GPT2, "n_layers": 2}, r"config field 'n_layers': got 2;.*did you mean 'n_layer'"),
@@ -200,15 +200,26 @@ def test_token_ids_outside_the_vocabulary_become_none():
         ),
         (
             {**LLAMA, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            r"config field 'rope_scaling'.*not rescaled",
+            r"config field 'rope_scaling'.*RotaryScaling.low_freq_factor: got None.*'llama3' needs",
         ),
         (
-            {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            r"config field 'rope_scaling'.*not rescaled",
+            {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3.0}},
+            r"config field 'rope_scaling'.*RotaryScaling.beta_fast: got 3.0.*'linear' has no such",
         ),
         (
-            {**LLAMA, "rope_parameters": {"rope_type": "yarn"}},
-            r"config field 'rope_parameters'.*not rescaled",
+            {**LLAMA, "rope_scaling": {"rope_type": "linear", "facto": 2.0}},
+            r"config field 'rope_scaling'.*unknown field 'facto' \(did you mean 'factor'",
+        ),
+        (
+            {**LLAMA, "rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
+            r"config field 'rope_parameters'.*one of 'linear', 'dynamic', 'yarn', 'llama3', not 'longrope'",
+        ),
+        (
+            {
+                **LLAMA,
+                "rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16},
+            },
+            r"config field 'rope_scaling'.*original_max_position_embeddings 32, the config's context",
         ),
         (
             {**LLAMA, "rope_parameters": {"partial_rotary_factor": 0.5}},

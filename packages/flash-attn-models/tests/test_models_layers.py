@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flash_attn_models.layers import MLP, Block, CausalSelfAttention, GatedMLP, GPTEmbeddings, KVCache
+from flash_attn_models.layers import (
+    MLP,
+    ALiBi,
+    Block,
+    CausalSelfAttention,
+    DecoderPostNormBlock,
+    GatedMLP,
+    GPTEmbeddings,
+    KVCache,
+    ParallelBlock,
+)
+from flash_attn_models.layers.alibi import alibi_slopes
+from flash_attn_ops.norm import LayerNorm, RMSNorm
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,6 +29,57 @@ def test_attention_equals_torch_attention(n_head_kv):
     q, k, v = (t.unflatten(-1, (-1, 10)).transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(mixer(x), mixer.out_proj(out.transpose(1, 2).flatten(-2)))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("alibi", [False, True])
+def test_attention_options_equal_their_definition(cached, window, softcap, alibi):
+    scale, slopes = 0.7, torch.tensor(alibi_slopes(6), dtype=torch.float64)
+    mixer = CausalSelfAttention(
+        48,
+        6,
+        n_head_kv=2,
+        alibi=ALiBi(6) if alibi else None,
+        window=window,
+        softcap=softcap,
+        softmax_scale=scale,
+        q_norm=RMSNorm(8, dtype=torch.float64),
+        k_norm=RMSNorm(8, dtype=torch.float64),
+        dtype=torch.float64,
+    )
+    nn.init.normal_(mixer.q_norm.weight)
+    nn.init.normal_(mixer.k_norm.weight)
+    x = torch.randn(2, 17, 48, dtype=torch.float64)
+    q, k, v = (t.unflatten(-1, (-1, 8)) for t in mixer.Wqkv(x).split([48, 16, 16], dim=-1))
+    q, k = (F.rms_norm(t, (8,), norm.weight, 1e-5) for t, norm in ((q, mixer.q_norm), (k, mixer.k_norm)))
+    k, v = k.repeat_interleave(3, dim=2), v.repeat_interleave(3, dim=2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    scores = softcap * (scores / softcap).tanh() if softcap else scores
+    distance = torch.arange(17)[:, None] - torch.arange(17)
+    scores = scores - slopes[:, None, None] * distance if alibi else scores
+    visible = (distance >= 0) & (distance < (17 if window is None else window))
+    probabilities = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    expected = mixer.out_proj(torch.einsum("bhqk,bkhd->bqhd", probabilities, v).flatten(2))
+    if not cached:
+        torch.testing.assert_close(mixer(x), expected)
+        return
+    cache = KVCache(1, 2, 17, 2, 8, dtype=torch.float64)
+    pieces = []
+    for part in x.split([9, 1, 7], dim=1):
+        with torch.no_grad():
+            pieces.append(mixer(part, cache))
+        cache.advance(part.shape[1])
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected)
+
+
+def test_alibi_slopes():
+    assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
+    assert alibi_slopes(1) == [2.0**-8]
+    assert alibi_slopes(6) == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
+    scaled = ALiBi(4, scale=0.5).slopes(torch.device("cpu"))
+    assert scaled.tolist() == [0.5 * slope for slope in alibi_slopes(4)] and scaled.dtype == torch.float32
 
 
 def test_attention_dropout_acts_in_training_only():
@@ -88,6 +151,57 @@ def test_block_dropout_falls_on_both_branches():
     block.eval()
     branch, residual = block(x)
     assert (branch != 0).all() and (residual != x).all()
+
+
+@pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parallel_block_adds_two_branches_of_one_input(norm, tied):
+    norm1, norm2 = norm(6), None if tied else norm(6)
+    for module in (norm1, norm2):
+        if module is not None:
+            nn.init.normal_(module.weight)
+    block = ParallelBlock(norm1, Scale(6, 6), norm2, nn.Linear(6, 6))
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    branch, other, residual = block(*block(x))
+    expected = x
+    for _ in range(2):
+        mlp_input = (norm2 or norm1)(expected)
+        expected = expected + block.mixer(norm1(expected)) + block.mlp(mlp_input)
+    torch.testing.assert_close(branch + other + residual, expected)
+    weights = torch.randn(2, 3, 6)
+    parameters = [x, *block.parameters()]
+    grads = torch.autograd.grad(((branch + other + residual) * weights).sum(), parameters)
+    for ours, theirs in zip(grads, torch.autograd.grad((expected * weights).sum(), parameters), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_parallel_block_dropout_falls_on_both_branches():
+    block = ParallelBlock(LayerNorm(6), Scale(6, 6), None, nn.Linear(6, 6), dropout=0.5)
+    x = torch.randn(2, 50, 6)
+    for dropped in block(x)[:2]:
+        assert 0.3 < (dropped == 0).float().mean() < 0.7
+    block.eval()
+    assert all((branch != 0).all() for branch in block(x)[:2])
+
+
+def test_post_norm_block_normalises_the_stream_after_each_branch():
+    block = DecoderPostNormBlock(LayerNorm(6), Scale(6, 6), RMSNorm(6), nn.Linear(6, 6), dropout=0.5)
+    x = torch.randn(2, 3, 6)
+    assert not torch.equal(block(x)[0], block(x)[0])
+    block.eval()
+    middle = block.norm1(x + block.mixer(x))
+    (out,) = block(x)
+    torch.testing.assert_close(out, block.norm2(middle + block.mlp(middle)))
+
+
+def test_embeddings_of_another_width_are_projected_and_scaled():
+    embeddings = GPTEmbeddings(11, 4, n_positions=9, position_offset=2, d_embedding=3, scale=2.5)
+    input_ids = torch.randint(11, (2, 5))
+    projected = embeddings.word_embeddings.weight[input_ids] @ embeddings.project_in.weight.T
+    assert embeddings.position_embeddings.weight.shape == (11, 4)
+    torch.testing.assert_close(
+        embeddings(input_ids, offset=3), 2.5 * projected + embeddings.position_embeddings.weight[5:10]
+    )
 
 
 def test_embeddings_add_positions_from_the_offset():

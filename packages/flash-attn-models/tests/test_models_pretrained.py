@@ -161,8 +161,10 @@ def test_saving_leaves_nothing_behind_and_overwrites_nothing(tmp_path, monkeypat
 
 
 def test_saving_refuses_what_it_cannot_express(tmp_path):
-    config = GPTConfig(vocab_size=31, max_seqlen=8, n_layer=1, n_head=2, d_model=8, n_head_kv=1)
-    with pytest.raises(ValueError, match=r"config: got n_head_kv=1; expected what Hugging Face's 'gpt2' has"):
+    config = GPTConfig(vocab_size=31, max_seqlen=8, n_layer=1, n_head=2, d_model=8, out_bias=False)
+    with pytest.raises(
+        ValueError, match=r"config: got out_bias=False; expected what Hugging Face's 'gpt2' has"
+    ):
         save_pretrained(GPTLMHeadModel(config), tmp_path / "model")
     with pytest.raises(ValueError, match=r"model: got a Sequential; expected a GPTLMHeadModel"):
         save_pretrained(torch.nn.Sequential(GPTLMHeadModel(config)), tmp_path / "model")

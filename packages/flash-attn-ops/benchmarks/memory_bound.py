@@ -32,6 +32,7 @@ class Case:
     contestants: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]]
     forward_bytes: int
     backward_bytes: int
+    draws_at_random: bool = False  # each contestant drops its own elements: only sizes are compared
 
 
 def measure(case: Case, copy_gbps: float, samples: int) -> list[dict[str, Any]]:
@@ -89,12 +90,18 @@ def check_agreement(results: dict[str, tuple[Tensor, ...]], case: Case) -> None:
     """Every contestant computes what the first one does, to rounding.
 
     That is 1e-2 in bf16, and 3e-2 for vectors, which are sums over all rows that some contestants round on the way.
+    Of random results only the sizes are compared, to 5e-2.
     """
     expected = next(iter(results.values()))
     for name, tensors in results.items():
         for index, (actual, exact) in enumerate(zip(tensors, expected, strict=True)):
-            error = ((actual.float() - exact.float()).norm() / exact.float().norm()).item()
-            if not error < (3e-2 if exact.dim() == 1 else 1e-2):
+            size = exact.float().norm()
+            if case.draws_at_random:
+                error, limit = (actual.float().norm() / size - 1).abs().item(), 5e-2
+            else:
+                error = ((actual.float() - exact.float()).norm() / size).item()
+                limit = 3e-2 if exact.dim() == 1 else 1e-2
+            if not error < limit:
                 raise RuntimeError(
                     f"{case.description}: {name}, tensor {index}: relative difference {error:.2e}"
                 )

@@ -195,12 +195,85 @@ def test_module_is_the_function() -> None:
         "ignore_index": 6,
         "reduction": "sum",
         "inplace_backward": True,
+        "vocab_size": 7,
     }
     labels = LABELS.clamp(min=0)
     assert torch.equal(CrossEntropyLoss(**options)(logits, labels), cross_entropy(logits, labels, **options))
     leaf = torch.randn(5, 7, requires_grad=True)
     CrossEntropyLoss(**options)(leaf, labels).backward()
     assert torch.equal(leaf.grad, leaf), "the in-place gradient"
+    returned = CrossEntropyLoss(return_z_loss=True, **options)(logits, labels, logits.logsumexp(-1))
+    assert len(returned) == 2 and returned[1] > 0
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_returned_z_loss(reduction: str) -> None:
+    logits = torch.randn(5, 7, dtype=FP64, requires_grad=True)
+    options = {"z_loss": 0.2, "reduction": reduction, "logit_scale": 0.5}
+    loss, z_part = cross_entropy(logits, LABELS, return_z_loss=True, **options)
+    parts = (0.2 * (0.5 * logits).logsumexp(-1).square()).masked_fill(LABELS == -100, 0.0)
+    expected = {"none": parts, "sum": parts.sum(), "mean": parts.sum() / 4}[reduction]
+    torch.testing.assert_close(z_part, expected.detach())
+    torch.testing.assert_close(loss, cross_entropy(logits, LABELS, **options))
+    torch.testing.assert_close(
+        loss - z_part, cross_entropy(logits, LABELS, reduction=reduction, logit_scale=0.5)
+    )
+    assert loss.requires_grad and not z_part.requires_grad
+    assert not cross_entropy(logits, LABELS, return_z_loss=True)[1].any()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_precomputed_lse(options: dict) -> None:
+    """The same loss and gradient; a wrong one is believed."""
+    labels = LABELS if options.get("ignore_index") is None else LABELS.clamp(min=0)
+    logits = torch.randn(5, 7, dtype=FP64)
+    lse = (logits * options.get("logit_scale", 1.0)).logsumexp(-1)
+    results = []
+    for given in (None, lse):
+        leaf = logits.clone().requires_grad_()
+        loss = cross_entropy(leaf, labels, precomputed_lse=given, **options)
+        loss.backward()
+        results.append((loss, leaf.grad))
+    for without, given in zip(*results, strict=True):
+        torch.testing.assert_close(given, without)
+    assert not torch.isclose(cross_entropy(logits, labels, precomputed_lse=lse + 1, **options), results[0][0])
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_padded_vocabulary(inplace_backward: bool) -> None:
+    """Columns behind vocab_size take no part, whatever they hold."""
+    options = {"label_smoothing": 0.1, "z_loss": 0.1, "inplace_backward": inplace_backward}
+    padded = torch.randn(5, 9)
+    padded[:, 7:] = torch.nan
+    leaf, exact = padded.clone().requires_grad_(), padded[:, :7].clone().requires_grad_()
+    loss, expected = (
+        cross_entropy(leaf * 1, LABELS, vocab_size=7, **options),
+        cross_entropy(exact * 1, LABELS, **options),
+    )
+    loss.backward()
+    expected.backward()
+    assert torch.equal(loss, expected) and torch.equal(leaf.grad[:, :7], exact.grad)
+    assert torch.equal(leaf.grad[:, 7:], torch.zeros(5, 2))
+
+
+def test_labels_are_validated_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flash_attn_ops.cross_entropy.labels import check_labels
+
+    class OnGPU(Tensor):
+        """Its labels are not read unless asked."""
+
+        device = torch.device("cuda")
+
+    labels = torch.tensor([3, 7, -100, -1]).as_subclass(OnGPU)
+    check_labels(labels, 7, -100, None)
+    check_labels(labels, 7, -100, False)
+    with pytest.raises(ValueError, match="labels: got 7 in row 1, the first of 2 out of range"):
+        check_labels(labels, 7, -100, True)
+    monkeypatch.setenv("FLASH_ATTN_OPS_VALIDATE_LABELS", "1")
+    with pytest.raises(ValueError, match="labels: got -1 in row 3"):
+        check_labels(labels, 8, -100, None)
+    logits = torch.randn(2, 7)
+    assert cross_entropy(logits, torch.tensor([7, 1]), validate=False).isnan()
 
 
 LOGITS = torch.ones(5, 7)
@@ -218,13 +291,22 @@ LOGITS = torch.ones(5, 7)
         ),
         ({"labels": LABELS[:4]}, r"labels: got shape \(4,\); expected \(5,\)"),
         ({"labels": LABELS.to("meta")}, r"labels: got a tensor on meta; expected cpu, where logits is"),
-        ({"labels": torch.tensor([0, 1, 2, 3, 7])}, r"labels: got 7; expected classes in \[0, 7\)"),
+        (
+            {"labels": torch.tensor([0, 1, 2, 3, 7])},
+            r"labels: got 7 in row 4, the first of 1.*; expected classes in \[0, 7\)",
+        ),
         ({"labels": torch.tensor([0, 1, -1, 3, 4])}, r"labels: got -1"),
-        ({"labels": LABELS, "ignore_index": 0}, r"labels: got -100; .*ignore_index \(0\)"),
+        ({"labels": LABELS, "ignore_index": 0}, r"labels: got -100 in row 1.*ignore_index \(0\)"),
         ({"reduction": "avg"}, r"reduction: got 'avg'; expected 'none', 'mean' or 'sum'"),
         ({"label_smoothing": 1.5}, r"label_smoothing: got 1.5; expected a number in \[0, 1\]"),
         ({"logit_scale": float("inf")}, r"logit_scale: got inf; expected a finite number"),
         ({"z_loss": -0.1}, r"z_loss: got -0.1; expected a finite number >= 0"),
+        ({"precomputed_lse": torch.ones(4)}, r"precomputed_lse: got shape \(4,\); expected \(5,\)"),
+        ({"precomputed_lse": torch.ones(5).long()}, r"precomputed_lse: got torch.int64"),
+        ({"vocab_size": 8}, r"vocab_size: got 8; expected at most 7, the classes of logits"),
+        ({"vocab_size": 0}, r"vocab_size: got 0; expected a positive number"),
+        ({"vocab_size": 6}, r"labels: got 6 in row 3"),
+        ({"vocab_start": 0}, r"vocab_start: got 0; expected None without process_group"),
         (
             {"logits": torch.ones(7, 5).t(), "inplace_backward": True},
             r"inplace_backward: got logits of strides",

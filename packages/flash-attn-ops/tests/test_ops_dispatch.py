@@ -8,8 +8,9 @@ from unittest import mock
 import pytest
 import torch
 from flash_attn_ops import dispatch
-from flash_attn_ops.dispatch import choose, explain, runs_on_triton
+from flash_attn_ops.dispatch import choose, explain, once_for_like_calls, runs_on_triton
 from flash_attn_ops.launch import ceil_div, next_power_of_2
+from flash_attn_ops.library import once_differentiable
 
 HALF = (torch.bfloat16, torch.float32)
 
@@ -70,3 +71,67 @@ def test_nothing_to_compute_launches_nothing() -> None:
 def test_whole_numbers() -> None:
     assert [next_power_of_2(n) for n in (0, 1, 2, 3, 4, 5, 1000, 1024)] == [1, 1, 2, 4, 4, 8, 1024, 1024]
     assert [ceil_div(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
+
+
+def test_like_calls_are_decided_once() -> None:
+    decided = []
+
+    @once_for_like_calls
+    def decide(tensors: tuple, option: object) -> None:
+        x, y = tensors
+        decided.append((x.shape, None if y is None else y.dtype, option))
+        if option == "refused":
+            raise ValueError("refused")
+
+    x = torch.zeros(2, 3)
+    for _ in range(3):
+        decide((x, None), 1)
+        decide((x.clone(), None), 1)
+    assert len(decided) == 1
+    decide((x.t(), None), 1)
+    decide((x, x), 1)
+    decide((x, x.half()), 1)
+    decide((x, x.to("meta")), 1)
+    decide((x, None), 2)
+    assert len(decided) == 6
+    for _ in range(2):
+        with pytest.raises(ValueError, match="refused"):
+            decide((x, None), "refused")
+        decide((x, None), [])  # which no table takes
+    assert len(decided) == 10
+    with mock.patch.object(dispatch, "TRITON_INTERPRETS", not dispatch.TRITON_INTERPRETS):
+        decide((x, None), 1)
+    assert len(decided) == 11
+    with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
+        decide((x, None), 1)
+    assert len(decided) == 12
+
+
+def test_decisions_take_bounded_memory() -> None:
+    @once_for_like_calls
+    def decide(tensors: tuple) -> int:
+        return tensors[0].shape[0]
+
+    with mock.patch.object(dispatch, "MAX_REMEMBERED", 3):
+        for size in (*range(10), *range(10)):
+            assert decide((torch.empty(size),)) == size
+    (known,) = [cell.cell_contents for cell in decide.__closure__ if isinstance(cell.cell_contents, dict)]
+    assert len(known) <= 3
+
+
+def test_a_backward_of_kernels_is_refused_a_backward() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    x = torch.ones(2, requires_grad=True)
+    assert torch.equal(torch.autograd.grad(Double.apply(x).sum(), x)[0], torch.full((2,), 2.0))
+    (gradient,) = torch.autograd.grad(Double.apply(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -27,8 +27,10 @@ def test_importing_loads_neither_triton_nor_cuda() -> None:
 import sys, torch, flash_attn_kernels
 below = set(sys.modules)
 import flash_attn_ops.attention, flash_attn_ops.norm, flash_attn_ops.rotary, flash_attn_ops.cross_entropy
+import flash_attn_ops.linear_cross_entropy, flash_attn_ops.activations, flash_attn_ops.fused_dense
+import flash_attn_ops.distributed, flash_attn_ops.tensor_parallel, flash_attn_ops.patch_embed, flash_attn_ops.padding
 loaded = set(sys.modules) - below
-assert loaded and all(name.startswith("flash_attn_ops") for name in loaded), loaded
+assert loaded and all(name.startswith(("flash_attn_ops", "flash_attn_kernels.gemm")) for name in loaded), loaded
 assert not any(name.endswith("triton_kernels") for name in loaded), loaded
 assert not torch.cuda.is_initialized(), "cuda"
 """
@@ -53,7 +55,7 @@ def test_self_test_passes() -> None:
     result = run_python("-m", "flash_attn_ops")
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"flash-attn-ops {flash_attn_ops.__version__}" in result.stdout
-    for name in ("attention", "layer_norm", "rms_norm", "rotary", "cross_entropy"):
+    for name in ("attention", "layer_norm", "rms_norm", "rotary", "cross_entropy", "activations", "mlp"):
         assert f"{name}: ok" in result.stdout
 
 
@@ -92,12 +94,30 @@ def test_readme_snippets_run(index: int) -> None:
 def test_readme_names_every_option() -> None:
     import inspect
 
+    from flash_attn_ops.activations import activate, gated, gelu, swiglu
     from flash_attn_ops.cross_entropy import cross_entropy
-    from flash_attn_ops.norm import rms_norm
-    from flash_attn_ops.rotary import RotaryEmbedding, apply_rotary_emb
+    from flash_attn_ops.fused_dense import gated_mlp, linear, mlp
+    from flash_attn_ops.linear_cross_entropy import linear_cross_entropy
+    from flash_attn_ops.norm import layer_norm, rms_norm
+    from flash_attn_ops.rotary import (
+        RotaryEmbedding,
+        apply_rotary_emb,
+        apply_rotary_emb_qk,
+        apply_rotary_emb_qkv_,
+    )
 
     text = README.read_text()
-    for function in (cross_entropy, rms_norm, RotaryEmbedding, apply_rotary_emb):
+    for function in (
+        *(activate, gated, gelu, swiglu, cross_entropy, linear_cross_entropy, linear, mlp, gated_mlp),
+        *(
+            layer_norm,
+            rms_norm,
+            RotaryEmbedding,
+            apply_rotary_emb,
+            apply_rotary_emb_qk,
+            apply_rotary_emb_qkv_,
+        ),
+    ):
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.default is not inspect.Parameter.empty:
                 assert f"`{name}`" in text, f"{function.__name__}: {name}"

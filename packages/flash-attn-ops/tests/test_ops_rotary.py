@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from flash_attn_ops.rotary import RotaryEmbedding, apply_rotary_emb
+from flash_attn_ops.rotary import (
+    RotaryEmbedding,
+    apply_rotary_emb,
+    apply_rotary_emb_kv_,
+    apply_rotary_emb_qk,
+    apply_rotary_emb_qkv_,
+)
 from torch import Tensor
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -265,3 +272,136 @@ def test_rejected_forward_arguments() -> None:
         rotary(X, X[:, :3])
     with pytest.raises(ValueError, match=r"max_seqlen: got None; expected the number of positions"):
         rotary(X, X, torch.tensor([0, 1]))
+
+
+QKV = torch.ones(2, 4, 3, 2, 8)
+
+
+def test_queries_and_keys_together_are_each_by_itself() -> None:
+    q, k, (cos, sin, cos_k, sin_k) = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 1, 8), torch.randn(4, 6, 4)
+    for tables in ((cos, sin), (cos, sin, cos_k, sin_k)):
+        rotated = apply_rotary_emb_qk(q, k, *tables, interleaved=True, seqlen_offsets=2)
+        assert torch.equal(rotated[0], apply_rotary_emb(q, cos, sin, True, seqlen_offsets=2))
+        assert torch.equal(rotated[1], apply_rotary_emb(k, *tables[-2:], True, seqlen_offsets=2))
+    copies = q.clone(), k.clone()
+    returned = apply_rotary_emb_qk(*copies, cos, sin, inplace=True)
+    assert returned[0] is copies[0] and torch.equal(copies[1], apply_rotary_emb(k, cos, sin))
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens", [None, torch.tensor([0, 3, 7], dtype=torch.int32)], ids=["dense", "packed"]
+)
+def test_packed_projections_are_their_parts(cu_seqlens: Tensor | None) -> None:
+    """The layouts of one projection, packed sequences included; values pass."""
+    cos, sin, cos_k, sin_k = torch.randn(4, 9, 3, dtype=FP64)
+    options = {"cu_seqlens": cu_seqlens, "seqlen_offsets": torch.tensor([1, 2])}
+    tokens = (2, 7) if cu_seqlens is None else (8,)
+
+    def parts(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        return [apply_rotary_emb(q, cos, sin, **options), apply_rotary_emb(k, cos_k, sin_k, **options), v]
+
+    qkv = torch.randn(*tokens, 3, 2, 8, dtype=FP64)
+    expected = torch.stack(parts(*qkv.unbind(-3)), dim=-3)
+    assert apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, **options) is qkv
+    assert torch.equal(qkv, expected)
+    grouped = torch.randn(*tokens, 7, 8, dtype=FP64)
+    expected = torch.cat(parts(*grouped.split([3, 2, 2], dim=-2)), dim=-2)
+    assert torch.equal(
+        apply_rotary_emb_qkv_(grouped, cos, sin, cos_k, sin_k, num_heads_q=3, **options), expected
+    )
+    kv = torch.randn(*tokens, 2, 2, 8, dtype=FP64)
+    expected = torch.stack(
+        [apply_rotary_emb(kv.select(-3, 0), cos, sin, **options), kv.select(-3, 1)], dim=-3
+    )
+    assert torch.equal(apply_rotary_emb_kv_(kv, cos, sin, **options), expected)
+
+
+def test_gradcheck_of_packed_projections() -> None:
+    tables = torch.randn(4, 3, 2, dtype=FP64)
+    qkv = torch.randn(1, 3, 3, 2, 6, dtype=FP64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: apply_rotary_emb_qkv_(x * 1, *tables), (qkv,))
+    kv = torch.randn(3, 2, 2, 6, dtype=FP64, requires_grad=True)
+    boundaries = torch.tensor([0, 2, 3])
+    assert torch.autograd.gradcheck(
+        lambda x: apply_rotary_emb_kv_(x * 1, *tables[:2], cu_seqlens=boundaries), (kv,)
+    )
+
+
+@LAYOUTS
+def test_position_ids(interleaved: bool) -> None:
+    x, (cos, sin) = torch.randn(2, 5, 3, 8), torch.randn(2, 20, 4)
+    ids = torch.tensor([[3, 0, 19, 3, 7], [1, 2, 3, 4, 5]], dtype=torch.int32)
+    out = apply_rotary_emb(x, cos, sin, interleaved, position_ids=ids)
+    for b in range(2):
+        for s in range(5):
+            one = apply_rotary_emb(
+                x[b : b + 1, s : s + 1], cos, sin, interleaved, seqlen_offsets=int(ids[b, s])
+            )
+            assert torch.equal(out[b, s], one[0, 0])
+    flat = apply_rotary_emb(x.flatten(0, 1), cos, sin, interleaved, position_ids=ids.flatten().long())
+    assert torch.equal(flat, out.flatten(0, 1))
+
+
+def test_module_options() -> None:
+    q, k = torch.randn(2, 1, 6, 2, 16)
+    rotary, ids = RotaryEmbedding(16), torch.tensor([[5, 4, 3, 2, 1, 0]])
+    plain = rotary(q, k)
+    reversed_ids = rotary(q.flip(1), k, position_ids=ids, max_seqlen=6)
+    assert torch.equal(reversed_ids[0].flip(1), plain[0]) and not torch.equal(reversed_ids[1], plain[1])
+    boundaries = torch.tensor([0, 6], dtype=torch.int32)
+    packed = rotary(q[0], k[0], cu_seqlens=boundaries, max_seqlen=6)
+    assert torch.equal(packed[0], plain[0][0])
+    qkv = torch.stack([q, k, q], dim=2)
+    assert torch.equal(rotary.rotate_packed(qkv), torch.stack([*plain, q], dim=2))
+    flat = torch.cat([q, k, k], dim=2)
+    assert torch.equal(rotary.rotate_packed(flat, num_heads_q=2), torch.cat([*plain, k], dim=2))
+    copies = q.clone(), k.clone()
+    assert torch.equal(RotaryEmbedding(16, inplace=True)(*copies)[0], copies[0])
+    assert torch.equal(copies[0], plain[0]) and torch.equal(copies[1], plain[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: apply_rotary_emb_qk(X, X[:, :3], COS, COS), r"q and k: got shapes .* \(2, 3, 3, 8\)"),
+        (lambda: apply_rotary_emb_qk(X, X[..., :6], COS, COS), r"q and k: got shapes"),
+        (lambda: apply_rotary_emb_qk(X, X, COS, COS, COS), r"sin_k: got None; expected a table, as cos_k is"),
+        (lambda: apply_rotary_emb_qk(X, X, COS, COS, COS, COS[:3]), r"sin_k: got shape \(3, 4\)"),
+        (
+            lambda: apply_rotary_emb_qkv_(X, COS, COS),
+            r"qkv: got shape \(2, 4, 3, 8\); expected \(B, S, 3, H, D\)",
+        ),
+        (lambda: apply_rotary_emb_qkv_(QKV.transpose(2, 3), COS, COS), r"qkv: got shape"),
+        (
+            lambda: apply_rotary_emb_qkv_(torch.ones(2, 4, 3, 4, 8)[:, :, :, :2], COS, COS),
+            r"qkv: got strides .*; expected heads of equal distance",
+        ),
+        (lambda: apply_rotary_emb_qkv_(X, COS, COS, num_heads_q=2), r"num_heads_q: got 2, for qkv of shape"),
+        (lambda: apply_rotary_emb_qkv_(X, COS, COS, num_heads_q=4), r"num_heads_q: got 4"),
+        (
+            lambda: apply_rotary_emb_qkv_(X, COS, COS, num_heads_q=1, cu_seqlens=torch.tensor([0, 4])),
+            r"qkv: got shape",
+        ),
+        (lambda: apply_rotary_emb_kv_(QKV, COS, COS), r"kv: got shape .*; expected \(B, S, 2, H, D\)"),
+        (
+            lambda: apply_rotary_emb(X, COS, COS, position_ids=torch.zeros(2, 3).long()),
+            r"position_ids: got shape \(2, 3\); expected \(2, 4\), one position for each token",
+        ),
+        (
+            lambda: apply_rotary_emb(X, COS, COS, seqlen_offsets=1, position_ids=torch.zeros(2, 4).long()),
+            r"position_ids: got position_ids together with seqlen_offsets",
+        ),
+        (
+            lambda: apply_rotary_emb(X, COS, COS, position_ids=torch.full((2, 4), 6)),
+            r"position_ids: got tokens at positions up to 6; expected positions below 6",
+        ),
+        (lambda: apply_rotary_emb(X, COS, COS, position_ids=torch.full((2, 4), -1)), r"position_ids: got -1"),
+        (lambda: RotaryEmbedding(8)(X, X, position_ids=torch.zeros(2, 4).long()), r"max_seqlen: got None"),
+        (lambda: RotaryEmbedding(8).rotate_packed(QKV, torch.tensor([1, 1])), r"max_seqlen: got None"),
+    ],
+)
+def test_rejected_calls(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "Fix: " in str(error.value)
+    assert torch.equal(QKV, torch.ones_like(QKV)) and torch.equal(X, torch.ones_like(X))

@@ -8,7 +8,14 @@ import pytest
 import torch
 from flash_attn_kernels.testing import assert_within_reference_error
 from flash_attn_ops.dispatch import explain
-from flash_attn_ops.rotary import RotaryEmbedding, apply_rotary_emb
+from flash_attn_ops.rotary import (
+    RotaryEmbedding,
+    apply_rotary_emb,
+    apply_rotary_emb_kv_,
+    apply_rotary_emb_qk,
+    apply_rotary_emb_qkv_,
+    checks,
+)
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu
@@ -199,9 +206,7 @@ def test_in_place_without_grad_is_seen_by_autograd(device: str) -> None:
 def test_positions_beyond_the_table_are_nan_on_the_device(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flash_attn_ops import rotary
-
-    monkeypatch.setattr(rotary, "_check_positions", lambda *_: None)  # what a GPU's host cannot know
+    monkeypatch.setattr(checks, "check_positions", lambda *_: None)  # what a GPU's host cannot know
     x = torch.ones(3, 4, 2, 16, device=device)
     cos, sin = torch.ones(2, 6, 8, device=device)
     out = apply_rotary_emb(x, cos, sin, seqlen_offsets=torch.tensor([0, 4, -1], device=device))
@@ -295,7 +300,7 @@ def test_compiled_in_place_overwrites_the_input(device: str) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", ["rotate", "rotate_"])
+@pytest.mark.parametrize("name", ["rotate_heads", "rotate_heads_", "rotate_pair", "rotate_pair_"])
 def test_operators_keep_their_word(name: str, packed: bool, device: str) -> None:
     """Schema and fake describe what the launchers do; x is strided."""
     cos, sin = RotaryEmbedding(16).tables(9, torch.device(device))
@@ -304,4 +309,130 @@ def test_operators_keep_their_word(name: str, packed: bool, device: str) -> None
     if packed:
         x, offsets, cu_seqlens = x[0], None, torch.tensor([0, 5, 9], device=device)
     operator = getattr(torch.ops.flash_attn_ops, name).default
-    torch.library.opcheck(operator, (x, cos, sin, offsets, 0, cu_seqlens, False, False))
+    first = (x, x.clone()) if "pair" in name else (x, 1, 1)
+    tables = (cos, sin, cos, sin)
+    torch.library.opcheck(operator, (*first, *tables, offsets, 0, cu_seqlens, None, False, False))
+
+
+def pair_in_float64(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Halves of x (B, S, H, D), D = R, as plain torch has them."""
+    cos, sin = (table.double()[: x.shape[1], None] for table in (cos, sin))
+    first, second = x.double().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("heads", [(3, 1), (4, 4), (33, 8)], ids=str)
+def test_queries_and_keys_in_one_launch(heads: tuple[int, int], inplace: bool, device: str) -> None:
+    """Own heads, strides, dtypes and tables; the same bits as one by one, forward and backward."""
+    cos, sin, cos_k, sin_k = torch.randn(4, 6, 16, device=device)
+    leaves = [torch.randn(2, 5, h, 32, device=device).to(d) for h, d in zip(heads, (BF16, FP32), strict=True)]
+    leaves[1] = torch.cat([leaves[1]] * 2, dim=-1)[..., :32]  # rows with a gap
+    results = []
+    for together in (True, False):
+        q, k = (leaf.detach().clone().requires_grad_() for leaf in leaves)
+        given = (q * 1, k * 1)
+        if together:
+            out = apply_rotary_emb_qk(*given, cos, sin, cos_k, sin_k, inplace=inplace, seqlen_offsets=1)
+            assert (out[0] is given[0]) == inplace and (out[1] is given[1]) == inplace
+        else:
+            out = (
+                apply_rotary_emb(given[0], cos, sin, seqlen_offsets=1),
+                apply_rotary_emb(given[1], cos_k, sin_k, seqlen_offsets=1),
+            )
+        torch.autograd.backward(out, [torch.ones_like(x) for x in out])
+        results.append([*out, q.grad, k.grad])
+    for together, apart in zip(*results, strict=True):
+        assert torch.equal(together, apart)
+    exact = pair_in_float64(leaves[1], cos_k[1:], sin_k[1:])
+    assert_within_reference_error(results[0][1], exact, exact.float())
+
+
+def test_one_launch_counts_as_one(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flash_attn_ops.rotary import triton_kernels
+
+    launches = []
+    launch = triton_kernels.rotate
+    monkeypatch.setattr(
+        triton_kernels, "rotate", lambda *args: (launches.append(len(args[0])), launch(*args))[1]
+    )
+    q, k = torch.randn(2, 1, 4, 2, 16, device=device, requires_grad=True)
+    torch.autograd.backward(RotaryEmbedding(16)(q, k), [q.detach(), k.detach()])
+    qkv = torch.randn(1, 4, 3, 2, 16, device=device)
+    apply_rotary_emb_qkv_(qkv, *RotaryEmbedding(16).tables(4, torch.device(device)))
+    assert launches == [2, 2, 1]
+
+
+@pytest.mark.parametrize("layout", ["dense", "cu_seqlens", "position_ids", "flat position_ids"])
+@pytest.mark.parametrize("num_heads_q", [None, 5])
+@pytest.mark.parametrize("own_key_tables", [False, True])
+def test_packed_projections(layout: str, num_heads_q: int | None, own_key_tables: bool, device: str) -> None:
+    """In place, the values untouched, and equal to its parts by themselves; backward likewise."""
+    tables = torch.randn(4, 12, 8, device=device)
+    tables = tuple(tables) if own_key_tables else (*tables[:2], None, None)
+    options: dict = {"seqlen_offsets": torch.tensor([1, 3], device=device)}
+    tokens: tuple[int, ...] = (2, 6)
+    if layout == "cu_seqlens":
+        options["cu_seqlens"], tokens = torch.tensor([0, 4, 9], device=device), (10,)
+    if "position_ids" in layout:
+        tokens = (10,) if layout.startswith("flat") else (2, 6)
+        options = {"position_ids": torch.randint(0, 12, tokens, device=device)}
+    heads = (3, 2) if num_heads_q is None else (num_heads_q + 4,)
+    leaf = torch.randn(*tokens, *heads, 24, device=device).to(BF16).requires_grad_()
+    hidden = leaf * 1
+    out = apply_rotary_emb_qkv_(hidden, *tables, num_heads_q=num_heads_q, **options)
+    assert out is hidden
+    if num_heads_q is None:
+        q, k, v = leaf.unbind(-3)
+    else:
+        q, k, v = leaf.split([5, 2, 2], dim=-2)
+    key_tables = tables[2:] if own_key_tables else tables[:2]
+    parts = [apply_rotary_emb(q, *tables[:2], **options), apply_rotary_emb(k, *key_tables, **options), v]
+    expected = torch.stack(parts, dim=-3) if num_heads_q is None else torch.cat(parts, dim=-2)
+    assert torch.equal(out, expected)
+    upstream = torch.randn_like(out)
+    (d_ours,) = torch.autograd.grad(out, leaf, upstream)
+    (d_parts,) = torch.autograd.grad(expected, leaf, upstream)
+    assert torch.equal(d_ours, d_parts)
+
+
+def test_packed_keys_and_values(device: str) -> None:
+    cos, sin = torch.randn(2, 6, 8, device=device)
+    kv = torch.randn(2, 6, 2, 3, 16, device=device)
+    before = kv.clone()
+    assert apply_rotary_emb_kv_(kv, cos, sin) is kv
+    assert torch.equal(kv[:, :, 0], apply_rotary_emb(before[:, :, 0], cos, sin))
+    assert torch.equal(kv[:, :, 1], before[:, :, 1])
+
+
+def test_views_that_require_grad_in_place(device: str) -> None:
+    """Autograd has to be told about each view by itself."""
+    rotary = RotaryEmbedding(16, inplace=True)
+    results = []
+    for given in (rotary, RotaryEmbedding(16)):
+        torch.manual_seed(0)
+        x = torch.randn(2, 5, 96, device=device, requires_grad=True)
+        q, k = (x * scale for scale in (1, 2))
+        q, k = given(q.view(2, 5, 6, 16), k.view(2, 5, 6, 16))
+        (q.sin() + k.cos()).sum().backward()
+        results.append(x.grad)
+    assert torch.equal(*results)
+
+
+def test_pair_compiles_to_one_graph(device: str) -> None:
+    rotary = RotaryEmbedding(64, scale_base=512.0)
+
+    def block(q: Tensor, k: Tensor, qkv: Tensor) -> Tensor:
+        q, k = rotary(q * 2, k)
+        packed = rotary.rotate_packed(qkv * 2)
+        return q * k + packed.sum()
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seqlen in (7, 40):
+        shapes = [(2, seqlen, 3, 64), (2, seqlen, 3, 64), (2, seqlen, 3, 2, 64)]
+        leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+        copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+        compiled(*leaves).sum().backward()
+        block(*copies).sum().backward()
+        for leaf, copy in zip(leaves, copies, strict=True):
+            torch.testing.assert_close(leaf.grad, copy.grad, rtol=1e-3, atol=1e-3)

@@ -18,7 +18,8 @@ using Rows = std::vector<std::vector<int>>;
 
 // What a request says of a call of attention: heads, heads of a group, rows of q, rows that an entry of the cache has
 // room for, window (-1 is unbounded), lengths, leftpad (empty: none), cumulative lengths of q (empty: dense),
-// num_splits, whether batch-invariant, multiprocessors; rows that are appended in the same call, their cumulative lengths.
+// num_splits, whether batch-invariant, multiprocessors; rows that are appended in the same call, their cumulative
+// lengths.
 struct Call {
   std::vector<int> lengths, leftpad, cu_seqlens, cu_added;
   DecodeParams params{};
@@ -236,8 +237,8 @@ std::vector<uint8_t> table(const std::vector<int>& numbers, NumberType type) {
 
 // whether bfloat16, kv heads, heads, head dims, rows of k, of q, capacity, page size, pages, rows and stride of the
 // page table; lengths, entries, page table, cumulative lengths of k, of q (empty: none); rotary type, rows, dim,
-// interleaved, q per position, tables; memory of k, v, q, q_out, k_cache, v_cache, and integers to set to 0: that of the
-// last four afterwards
+// interleaved, q per position, tables; memory of k, v, q, q_out, k_cache, v_cache, and integers to set to 0: that of
+// the last four afterwards
 std::string append(Request& request) {
   AppendParams params{};
   const bool is_bfloat16 = request.next() != 0;
@@ -274,10 +275,8 @@ std::string append(Request& request) {
       is_bfloat16 ? append_kernel<__nv_bfloat16>(params) : append_kernel<__half>(params);
     }
   }
-  return json({{"q_out", q_out.text()},
-               {"k_cache", k_cache.text()},
-               {"v_cache", v_cache.text()},
-               {"zeroed", json(zeroed)}});
+  return json(
+      {{"q_out", q_out.text()}, {"k_cache", k_cache.text()}, {"v_cache", v_cache.text()}, {"zeroed", json(zeroed)}});
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""GPT-2 and LLaMA style language models: layers, Hugging Face weights, generation."""
+"""Decoder families of GPT-2 and LLaMA, and BERT: layers, Hugging Face weights, generation."""
 
 from flash_attn_models.generation import generate
 from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel

@@ -16,7 +16,7 @@ def attention_path(
     """What the attention of a model in training will run on, and why each faster path was passed over.
 
     Args:
-        config: the model; its attention dropout counts.
+        config: the model; the last layer's window and all options of its attention count.
         seqlen: tokens per sequence.
         device, dtype: where and in which precision attention computes (under autocast, autocast's dtype).
     """
@@ -26,4 +26,15 @@ def attention_path(
         return torch.empty(1, 1, count, config.head_dim, device=device, dtype=dtype).expand(1, seqlen, -1, -1)
 
     k = heads(config.num_heads_kv)
-    return explain(heads(config.n_head), k, k, dropout_p=config.attn_dropout, causal=True)
+    window = config.window_of(config.n_layer - 1)
+    return explain(
+        heads(config.n_head),
+        k,
+        k,
+        dropout_p=config.attn_dropout,
+        softmax_scale=config.softmax_scale,
+        causal=True,
+        window_size=(-1 if window is None else window - 1, -1),
+        softcap=0.0 if config.softcap is None else config.softcap,
+        alibi_slopes=torch.empty(config.n_head, device=device) if config.position == "alibi" else None,
+    )

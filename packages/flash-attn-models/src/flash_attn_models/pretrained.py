@@ -1,4 +1,4 @@
-"""Models in Hugging Face folders: load GPT-2 and LLaMA, and save them so that transformers loads them."""
+"""Models in Hugging Face folders: load decoders and BERT, and save them so that transformers loads them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from flash_attn_models.bert import BertForMaskedLM, BertForPreTraining, BertModel
+from flash_attn_models.bert import hugging_face as bert_hugging_face
 from flash_attn_models.checkpoint_files import Checkpoint, open_checkpoint, read_json, write_safetensors
 from flash_attn_models.errors import bad_argument, did_you_mean
 from flash_attn_models.gpt.hugging_face import (
+    MODEL_TYPES,
     Layout,
     config_from_hugging_face,
     config_to_hugging_face,
@@ -22,13 +26,17 @@ from flash_attn_models.gpt.hugging_face import (
 )
 from flash_attn_models.gpt.model import GPTLMHeadModel
 
+_BERT_MODELS = (BertModel, BertForMaskedLM, BertForPreTraining)
 _MAX_NAMES_IN_MESSAGE = 8
 
 
 def load_pretrained(
     folder: str | os.PathLike[str], device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> GPTLMHeadModel:
-    """The model in a local Hugging Face folder of type "gpt2" or "llama", in evaluation mode.
+) -> Any:
+    """The model in a local Hugging Face folder, in evaluation mode.
+
+    It is a ``GPTLMHeadModel``; of type "bert" it is a ``BertModel``, ``BertForMaskedLM`` or
+    ``BertForPreTraining``, with the heads and the pooler that the files have weights of.
 
     Everything is checked before a weight is read, and each weight goes straight to its place: the model needs
     memory for one copy of the weights (two for a .bin file in the format before torch 1.6, which cannot be
@@ -54,10 +62,8 @@ def load_pretrained(
             "download the model, as with huggingface_hub.snapshot_download(name), and give its folder",
         )
     fields = read_json(path / "config.json")
-    config = config_from_hugging_face(fields)
-    layout = hugging_face_layout(config, fields["model_type"])
     checkpoint = open_checkpoint(path)
-    model = GPTLMHeadModel(config, device="meta")
+    model, layout = _empty_model(fields, checkpoint)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored_as = _check_names(checkpoint, layout, folder)
     _check_tensors(checkpoint, layout, stored_as, shapes, folder)
@@ -74,7 +80,10 @@ def load_pretrained(
 
 
 def save_pretrained(
-    model: GPTLMHeadModel, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5_000_000_000
+    model: GPTLMHeadModel | bert_hugging_face.AnyBert,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a Hugging Face folder, which transformers and ``load_pretrained`` load with the same weights.
 
@@ -86,23 +95,22 @@ def save_pretrained(
             larger tensor has its own).
 
     Raises:
-        ValueError: a model that neither Hugging Face's GPT-2 nor its LLaMA can express (naming the fields),
-            or a folder that holds something or cannot be written.
+        ValueError: a model that no Hugging Face family can express (naming the fields of the nearest one), or
+            a folder that holds something or cannot be written.
     """
-    if not isinstance(model, GPTLMHeadModel):
+    if not isinstance(model, (GPTLMHeadModel, *_BERT_MODELS)):
         raise bad_argument(
             "model",
             f"a {type(model).__name__}",
-            "a GPTLMHeadModel",
+            "a GPTLMHeadModel or a BERT model",
             "unwrap it: model.module, or model._orig_mod",
         )
     if max_shard_bytes < 1:
         raise bad_argument(
             "max_shard_bytes", max_shard_bytes, "at least 1", "leave it out for shards of 5 GB"
         )
-    fields = config_to_hugging_face(model.config)
-    fields["dtype"] = str(model.head_weight.dtype).removeprefix("torch.")
-    layout = hugging_face_layout(model.config, fields["model_type"])
+    fields, layout = _description(model)
+    fields["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     place = Path(folder).resolve()
     partial = _make_partial_folder(place)
     try:
@@ -114,6 +122,34 @@ def save_pretrained(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _empty_model(fields: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Any, Layout]:
+    """The model that config.json asks for, without memory, and the layout of its checkpoint."""
+    if fields.get("model_type") == "bert":
+        bert_config = bert_hugging_face.config_from_hugging_face(fields)
+        form = bert_hugging_face.Form.of_names(checkpoint.tensors)
+        layout = bert_hugging_face.hugging_face_layout(bert_config, form)
+        return form.build(bert_config, device="meta"), layout
+    if fields.get("model_type") not in MODEL_TYPES:
+        raise bad_argument(
+            "config field 'model_type'",
+            repr(fields.get("model_type")),
+            f"one of {', '.join(map(repr, (*MODEL_TYPES, 'bert')))}",
+            "use a model of one of these types",
+        )
+    config = config_from_hugging_face(fields)
+    return GPTLMHeadModel(config, device="meta"), hugging_face_layout(config, fields["model_type"])
+
+
+def _description(model: GPTLMHeadModel | bert_hugging_face.AnyBert) -> tuple[dict[str, Any], Layout]:
+    """The contents of config.json for this model, and the layout of its checkpoint."""
+    if isinstance(model, _BERT_MODELS):
+        form = bert_hugging_face.Form.of_model(model)
+        fields = bert_hugging_face.config_to_hugging_face(model.config, form.architecture)
+        return fields, bert_hugging_face.hugging_face_layout(model.config, form)
+    fields = config_to_hugging_face(model.config)
+    return fields, hugging_face_layout(model.config, fields["model_type"])
 
 
 def _make_partial_folder(place: Path) -> Path:
@@ -139,7 +175,7 @@ def _check_names(checkpoint: Checkpoint, layout: Layout, folder: str | os.PathLi
     stored = list(checkpoint.tensors)
     headless = layout.is_headless(stored)
     stored_as = {
-        name: name.removeprefix(layout.base_prefix) if headless else name
+        name: name.removeprefix(layout.base_prefix) if headless else layout.name_in(checkpoint.tensors, name)
         for entry in layout.entries
         for name in entry.theirs
     }

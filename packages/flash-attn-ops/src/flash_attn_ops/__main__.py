@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 import flash_attn_ops
+from flash_attn_ops.activations import gelu, swiglu
 from flash_attn_ops.attention import explain as explain_attention
 from flash_attn_ops.attention import flash_attn_func
 from flash_attn_ops.cross_entropy import cross_entropy
 from flash_attn_ops.dispatch import explain
+from flash_attn_ops.fused_dense import mlp
+from flash_attn_ops.linear_cross_entropy import linear_cross_entropy
 from flash_attn_ops.norm import layer_norm, rms_norm
 from flash_attn_ops.rotary import RotaryEmbedding
 
@@ -44,12 +47,33 @@ def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat((out, total), dim=-1)
 
 
+def _linear_cross_entropy(x: Tensor, weight: Tensor) -> Tensor:
+    labels = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(x.shape[:2])
+    losses = linear_cross_entropy(x, torch.outer(weight, weight) / 8, labels, reduction="none")
+    assert isinstance(losses, Tensor)  # no z-loss was asked for
+    return losses
+
+
+def _activations(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.cat((gelu(x * weight), swiglu(x * weight, order="gate_value")), dim=-1)
+
+
+def _mlp(x: Tensor, weight: Tensor) -> Tensor:
+    square = torch.outer(weight, weight) / weight.numel()
+    out = mlp(x, square, square, weight, weight, activation="squared_relu")
+    assert isinstance(out, Tensor)  # no residual was asked for
+    return out
+
+
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "attention": _attention,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "rotary": _rotary,
     "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "activations": _activations,
+    "mlp": _mlp,
 }
 
 

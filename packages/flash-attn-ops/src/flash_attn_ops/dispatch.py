@@ -7,11 +7,13 @@ tensors, and warns once for each reason for which a CUDA tensor is left to the s
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,11 @@ TRITON_INTERPRETS = (
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)
 
+MAX_REMEMBERED = 4096  # calls
+
+Result = TypeVar("Result")
+
+_UNKNOWN: Any = object()
 _warned: set[str] = set()
 
 
@@ -71,8 +78,7 @@ def explain(*tensors: Tensor) -> Choice:
     device = tensors[0].device
     capability = None
     if device.type == "cuda" and torch.version.hip is None:
-        properties = torch.cuda.get_device_properties(device)  # which torch.compile takes for a constant
-        capability = properties.major, properties.minor
+        capability = _capability(device)
     return choose(
         device.type,
         tuple(tensor.dtype for tensor in tensors),
@@ -80,6 +86,20 @@ def explain(*tensors: Tensor) -> Choice:
         triton_installed=TRITON_INSTALLED,
         interpreted=TRITON_INTERPRETS,
     )
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    if torch.compiler.is_compiling():
+        return _read_capability(device)
+    return _remembered_capability(device)
+
+
+def _read_capability(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)  # which torch.compile takes for a constant
+    return properties.major, properties.minor
+
+
+_remembered_capability = functools.cache(_read_capability)
 
 
 def runs_on_triton(operation: str, *tensors: Tensor | None) -> bool:
@@ -95,3 +115,33 @@ def runs_on_triton(operation: str, *tensors: Tensor | None) -> bool:
             _warned.add(message)
             warnings.warn(message, stacklevel=4)
     return choice.path == "triton"
+
+
+def once_for_like_calls(decide: Callable[..., Result]) -> Callable[..., Result]:
+    """Decorates a check of arguments or a choice that reads nothing of tensors but shape, dtype and device: what it
+    returned for one call is returned for others like it. It takes a tuple of tensors (and None), and options that are
+    hashable. A tracer always runs it, and so do calls that are refused, or whose sizes are symbols."""
+    known: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(decide)
+    def decide_once(tensors: tuple[Tensor | None, ...], *options: Any) -> Result:
+        if torch.compiler.is_compiling():
+            return decide(tensors, *options)
+        key: list[Any] = [TRITON_INSTALLED, TRITON_INTERPRETS, *options]
+        try:
+            for tensor in tensors:
+                if tensor is None:
+                    key.append(None)
+                else:
+                    key += (tensor.shape, tensor.dtype, tensor.device)
+            result = known.get(tuple(key), _UNKNOWN)
+        except (AttributeError, TypeError):
+            return decide(tensors, *options)
+        if result is _UNKNOWN:
+            result = decide(tensors, *options)
+            if len(known) >= MAX_REMEMBERED:
+                known.clear()
+            known[tuple(key)] = result
+        return result
+
+    return decide_once

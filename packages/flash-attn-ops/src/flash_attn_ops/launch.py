@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,10 +19,10 @@ def next_power_of_2(size: int) -> int:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's GPU current, which is where Triton launches. Costs nothing where it already is."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+    """Makes the tensor's GPU current, which is where Triton launches. Costs nothing where there is no other GPU."""
+    if tensor.is_cuda and not _is_only_gpu() and tensor.get_device() != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
-    return nullcontext()
+    return _NOTHING_TO_DO
 
 
 def device_limits(tensor: Tensor) -> tuple[int, int]:
@@ -31,5 +32,18 @@ def device_limits(tensor: Tensor) -> tuple[int, int]:
         not tensor.is_cuda
     ):  # the interpreter: a small device, so that persistent programs walk more than one row
         return 2, 2**16
-    properties = torch.cuda.get_device_properties(tensor.device)
+    return _limits(tensor.get_device())
+
+
+_NOTHING_TO_DO = nullcontext()
+
+
+@functools.cache
+def _is_only_gpu() -> bool:
+    return torch.cuda.device_count() == 1
+
+
+@functools.cache
+def _limits(device: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_multiprocessor

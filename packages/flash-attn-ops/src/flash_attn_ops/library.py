@@ -8,11 +8,13 @@ which costs less than the dispatcher. Registering imports neither Triton nor the
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable as refusing_second_backward
 
 _library = torch.library.Library("flash_attn_ops", "DEF")
 
@@ -51,3 +53,26 @@ def _without_absent(function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(first.new_empty(0) if result is None else result for result in results)
 
     return returning_tensors
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator of this name, which costs microseconds, and has nothing to do where no graph of the gradients
+    is made."""
+    refusing = refusing_second_backward(backward)
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *gradients: Tensor | None) -> Any:
+        return (refusing if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+    return once
+
+
+def kernels_of(package: str) -> Callable[[], Any]:
+    """A function that returns the module ``triton_kernels`` of the package, imported when it is first called: Triton is
+    not needed before, and may be missing."""
+
+    @functools.cache
+    def kernels() -> Any:
+        return importlib.import_module(".triton_kernels", package)
+
+    return kernels

@@ -19,6 +19,8 @@ struct DecodeConfig {
   // Memory is fastest at reading if every multiprocessor runs one block; where a block has no more than so many tiles,
   // what counts is that loads start, and two do better.
   static constexpr int kFewTiles = 16;
+  // So do they where pages are smaller, which are looked up more often.
+  static constexpr int kLargePage = 64;
   using QueryTile = SharedTile<kRows, kHeadDim>;
   using KeyTile = SharedTile<kWarpKeys, kHeadDim>;
   using ValueTile = SharedTile<kWarpKeys, kHeadDimV>;

@@ -33,7 +33,8 @@ DecodeGrid decode_grid(DecodeParams& params, int64_t num_splits, bool batch_inva
   // Blocks without work would be in the way of others, so that how many there are is decided here, by what there is
   // room for.
   params.ranges = ranges(multiprocessors);
-  if (row_tiles * key_tiles <= Config::kFewTiles * params.ranges) {
+  const bool small_pages = params.cache.page_table != nullptr && params.cache.page_size < Config::kLargePage;
+  if (small_pages || row_tiles * key_tiles <= Config::kFewTiles * params.ranges) {
     params.ranges = ranges(int64_t{Config::kBlocksPerMultiprocessor} * multiprocessors);
   }
   if (batch_invariant) {

@@ -1,6 +1,10 @@
-"""GPT-2, LLaMA and every decoder between the two."""
+"""Decoder-only language models: one model for all families, from GPT-2 to LLaMA, Falcon and Qwen.
+
+The families and their published sizes are in ``gpt.families``, Hugging Face's files in ``gpt.hugging_face``.
+"""
 
 from flash_attn_models.gpt.config import GPTConfig
 from flash_attn_models.gpt.model import GPTLMHeadModel, GPTModel
+from flash_attn_models.gpt.rotary_scaling import RotaryScaling
 
-__all__ = ["GPTConfig", "GPTLMHeadModel", "GPTModel"]
+__all__ = ["GPTConfig", "GPTLMHeadModel", "GPTModel", "RotaryScaling"]

@@ -1,4 +1,4 @@
-"""The shape of a GPT model: one typed, validated dataclass for GPT-2, LLaMA and what lies between."""
+"""The shape of a GPT model: one typed, validated dataclass for all decoder families."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from flash_attn_models.errors import bad_argument, did_you_mean
+from flash_attn_models.gpt import presets
+from flash_attn_models.gpt.rotary_scaling import RotaryScaling
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "swiglu")
 NORMS = ("layer_norm", "rms_norm")
-POSITIONS = ("learned", "rotary")
+POSITIONS = ("learned", "rotary", "alibi")
 
 # LLaMA rounds its gated width, 8/3 of the model width, up to a multiple of this.
 _GATED_WIDTH_MULTIPLE = 256
@@ -35,12 +37,33 @@ class GPTConfig:
     Architecture:
         activation: "gelu_tanh", "gelu", "relu", or "swiglu" (gated: value * silu(gate)).
         norm, norm_eps: "layer_norm" or "rms_norm", before each sublayer and after the last.
-        position: "learned" (added to the embedding) or "rotary" (applied to queries and keys).
+        prenorm: True; False puts the norms behind each residual addition, and there is none at the end (OPT-350M).
+        parallel_block: attention and MLP read the same input, and both are added to it (GPT-NeoX, GPT-J, Falcon).
+        tied_norm: the two branches of a parallel block share one norm.
+        qk_norm: queries and keys are normalised over each head, by ``norm``, before rotation (Qwen3).
+        d_embedding: width of the token embedding and of the head's input if it is another than d_model, with a
+            projection each (OPT-350M).
+        qkv_bias, out_bias, mlp_bias, head_bias: biases of the attention input, attention output, MLP and vocabulary
+            projections.
+        tie_embeddings: the output projection is the token embedding.
+        normalize_head: each row of the output projection is scaled to length 1 (Baichuan 2).
+        embedding_scale, logit_scale: factors of the token embedding, and of the logits (BTLM).
+
+    Positions:
+        position: "learned" (added to the embedding), "rotary" (applied to queries and keys) or "alibi" (a penalty on
+            distance, added to the scores).
+        position_offset: rows of the learned position table in front of that of position 0 (OPT has 2).
         rotary_base: base of the rotary frequencies ("theta").
         rotary_dim: how many leading dimensions of a head rotate; None is all of them.
         rotary_interleaved: pairs are neighbours (as in GPT-J) instead of halves (as in GPT-NeoX and LLaMA).
-        qkv_bias, out_bias, mlp_bias: biases of the attention input, attention output, and MLP projections.
-        tie_embeddings: the output projection is the token embedding.
+        rotary_scaling: rescaled rotary frequencies, as a ``RotaryScaling`` or a mapping of its fields; None is none.
+        alibi_scaled: ALiBi is multiplied by the factor of the scores too, as in Falcon.
+
+    Attention:
+        window: each token sees this many last ones, itself among them; None is all of them.
+        window_first_layer: layers before this one have no window.
+        softmax_scale: factor of the scores; None is 1 / sqrt(head width).
+        softcap: scores become ``softcap * tanh(score / softcap)``; None is off.
 
     Training:
         dropout: after the attention and the MLP, and unless ``embedding_dropout`` is given the embedding.
@@ -53,7 +76,7 @@ class GPTConfig:
             or several) and fills finished rows with ``pad_token_id``. The model itself does not use them.
 
     Raises ValueError, naming the field, for values that do not make a model, and for options that would have
-    no effect (rotary options with learned positions).
+    no effect (such as rotary options without rotary positions).
     """
 
     vocab_size: int
@@ -71,10 +94,26 @@ class GPTConfig:
     rotary_base: float = _DEFAULT_ROTARY_BASE
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
+    rotary_scaling: RotaryScaling | None = None
+    position_offset: int = 0
+    alibi_scaled: bool = False
+    window: int | None = None
+    window_first_layer: int = 0
+    softmax_scale: float | None = None
+    softcap: float | None = None
+    qk_norm: bool = False
+    prenorm: bool = True
+    parallel_block: bool = False
+    tied_norm: bool = False
+    d_embedding: int | None = None
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
+    head_bias: bool = False
     tie_embeddings: bool = True
+    normalize_head: bool = False
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
     dropout: float = 0.0
     embedding_dropout: float | None = None
     attn_dropout: float = 0.0
@@ -106,10 +145,19 @@ class GPTConfig:
 
     @property
     def num_rotary_dims(self) -> int:
-        """How many dimensions of each head rotate; 0 with learned positions."""
+        """How many dimensions of each head rotate; 0 without rotary positions."""
         if self.position != "rotary":
             return 0
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the token embedding and of the input of the output projection."""
+        return self.d_model if self.d_embedding is None else self.d_embedding
+
+    def window_of(self, layer: int) -> int | None:
+        """How many last tokens a token sees in this layer; None is all."""
+        return self.window if layer >= self.window_first_layer else None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -121,20 +169,27 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "max_seqlen", "n_layer", "n_head", "d_model"):
             self._check_size(name)
-        for name in ("n_head_kv", "d_head", "d_inner", "rotary_dim"):
+        for name in ("n_head_kv", "d_head", "d_inner", "rotary_dim", "window", "d_embedding"):
             if getattr(self, name) is not None:
                 self._check_size(name)
         for name, valid in (("activation", ACTIVATIONS), ("norm", NORMS), ("position", POSITIONS)):
             self._check_choice(name, valid)
-        for name in ("rotary_interleaved", "qkv_bias", "out_bias", "mlp_bias", "tie_embeddings"):
-            self._check_bool(name)
+        for field in dataclasses.fields(self):
+            if isinstance(field.default, bool):
+                self._check_bool(field.name)
         self._check_heads()
         self._check_rotary()
+        self._check_effects()
         self._check_probability("dropout")
         self._check_probability("attn_dropout")
         if self.embedding_dropout is not None:
             self._check_probability("embedding_dropout")
         self._check_positive("norm_eps")
+        self._check_positive("embedding_scale")
+        self._check_positive("logit_scale")
+        for name in ("softcap", "softmax_scale"):
+            if getattr(self, name) is not None:
+                self._check_positive(name)
         self._check_positive("rotary_base")
         self._check_positive("initializer_range")
         self._check_token_ids()
@@ -172,23 +227,73 @@ class GPTConfig:
             )
 
     def _check_rotary(self) -> None:
-        if self.position == "rotary":
-            if self.num_rotary_dims > self.head_dim or self.num_rotary_dims % 2 != 0:
-                raise bad_argument(
-                    "GPTConfig.rotary_dim",
-                    self.num_rotary_dims,
-                    f"an even number of at most the head dimension, {self.head_dim}",
-                    "change rotary_dim, or the head dimension (d_head, or d_model / n_head)",
-                )
-            return
-        ignored = {"rotary_dim": None, "rotary_base": _DEFAULT_ROTARY_BASE, "rotary_interleaved": False}
-        for name, default in ignored.items():
-            if getattr(self, name) != default:
+        if isinstance(self.rotary_scaling, Mapping):  # from JSON and configuration files
+            object.__setattr__(self, "rotary_scaling", RotaryScaling.from_dict(self.rotary_scaling))
+        if not isinstance(self.rotary_scaling, RotaryScaling | None):
+            raise self._reject(
+                "rotary_scaling", "a RotaryScaling, a mapping of its fields, or None", "give one of these"
+            )
+        if self.rotary_scaling is not None:
+            self.rotary_scaling.build(self.max_seqlen)  # its parameters must fit together too
+        if self.position == "rotary" and (
+            self.num_rotary_dims > self.head_dim or self.num_rotary_dims % 2 != 0
+        ):
+            raise bad_argument(
+                "GPTConfig.rotary_dim",
+                self.num_rotary_dims,
+                f"an even number of at most the head dimension, {self.head_dim}",
+                "change rotary_dim, or the head dimension (d_head, or d_model / n_head)",
+            )
+
+    def _check_effects(self) -> None:
+        """Refuse options that would change nothing, or contradict another."""
+        for name in ("position_offset", "window_first_layer"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 0:
+                raise self._reject(name, "an integer of at least 0", f"give {name} as a whole number")
+        rotary = (
+            "position='rotary'",
+            self.position == "rotary",
+            f"position={self.position!r} has no rotary embedding",
+        )
+        required = {
+            "rotary_dim": rotary,
+            "rotary_base": rotary,
+            "rotary_interleaved": rotary,
+            "rotary_scaling": rotary,
+            "position_offset": (
+                "position='learned'",
+                self.position == "learned",
+                f"position={self.position!r} has no table of positions",
+            ),
+            "alibi_scaled": (
+                "position='alibi'",
+                self.position == "alibi",
+                f"position={self.position!r} has no ALiBi",
+            ),
+            "window_first_layer": ("a window", self.window is not None, "there is no window"),
+            "tied_norm": ("parallel_block=True", self.parallel_block, "parallel_block=False needs two norms"),
+            "parallel_block": ("prenorm=True", self.prenorm, "prenorm=False norms after each branch"),
+            "head_bias": (
+                "tie_embeddings=False",
+                not self.tie_embeddings,
+                "a tied head has no parameters of its own",
+            ),
+        }
+        for name, (needs, has, why) in required.items():
+            default = _DEFAULTS[name]
+            if not has and getattr(self, name) != default:
                 raise self._reject(
-                    name,
-                    f"its default, {default}, since position={self.position!r} has no rotary embedding",
-                    f"set position='rotary' or leave {name} out",
+                    name, f"its default, {default}, since {why}", f"set {needs} or leave {name} out"
                 )
+        if self.window is not None and self.window_first_layer >= self.n_layer:
+            raise self._reject(
+                "window_first_layer",
+                f"less than n_layer={self.n_layer}, since no layer has the window otherwise",
+                "leave window and window_first_layer out for full attention in all layers",
+            )
+        if self.d_embedding == self.d_model:
+            raise self._reject("d_embedding", "another width than d_model", "leave d_embedding out")
 
     def _check_probability(self, name: str) -> None:
         value = getattr(self, name)
@@ -221,6 +326,8 @@ class GPTConfig:
         fields = dataclasses.asdict(self)
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
+        if self.rotary_scaling is not None:
+            fields["rotary_scaling"] = self.rotary_scaling.to_dict()
         return fields
 
     @classmethod
@@ -246,7 +353,7 @@ class GPTConfig:
         0 here; GPT-2 itself was trained with 0.1 everywhere.
         Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2.
         """
-        return _from_preset(_GPT2_SIZES, size, _GPT2_COMMON, changes)
+        return _from_preset(presets.GPT2_SIZES, size, presets.GPT2_COMMON, changes)
 
     @classmethod
     def llama(cls, size: str = "llama2-7b", **changes: Any) -> GPTConfig:
@@ -256,7 +363,10 @@ class GPTConfig:
         Changing vocab_size also drops the special token ids, which belong to the original vocabulary.
         Sources: arXiv 2307.09288 (LLaMA 2), 2407.21783 (LLaMA 3), 2401.02385 (TinyLlama).
         """
-        return _from_preset(_LLAMA_SIZES, size, _LLAMA_COMMON, changes)
+        return _from_preset(presets.LLAMA_SIZES, size, presets.LLAMA_COMMON, changes)
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
 
 
 def _is_int(value: object) -> bool:
@@ -295,49 +405,3 @@ def _from_preset(
             name: value for name, value in preset.items() if name not in ("bos_token_id", "eos_token_id")
         }
     return GPTConfig.from_dict({**preset, **changes})
-
-
-_GPT2_COMMON = {"vocab_size": 50257, "max_seqlen": 1024, "bos_token_id": 50256, "eos_token_id": 50256}
-_GPT2_SIZES: dict[str, dict[str, Any]] = {
-    "small": {"n_layer": 12, "n_head": 12, "d_model": 768},
-    "medium": {"n_layer": 24, "n_head": 16, "d_model": 1024},
-    "large": {"n_layer": 36, "n_head": 20, "d_model": 1280},
-    "xl": {"n_layer": 48, "n_head": 25, "d_model": 1600},
-}
-
-_LLAMA_COMMON = {
-    "vocab_size": 32000,
-    "activation": "swiglu",
-    "norm": "rms_norm",
-    "position": "rotary",
-    "qkv_bias": False,
-    "out_bias": False,
-    "mlp_bias": False,
-    "tie_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_LLAMA_SIZES: dict[str, dict[str, Any]] = {
-    "tinyllama-1.1b": {
-        "max_seqlen": 2048,
-        "n_layer": 22,
-        "n_head": 32,
-        "n_head_kv": 4,
-        "d_model": 2048,
-        "d_inner": 5632,
-    },
-    "llama2-7b": {"max_seqlen": 4096, "n_layer": 32, "n_head": 32, "d_model": 4096, "d_inner": 11008},
-    "llama2-13b": {"max_seqlen": 4096, "n_layer": 40, "n_head": 40, "d_model": 5120, "d_inner": 13824},
-    "llama3-8b": {
-        "vocab_size": 128256,
-        "max_seqlen": 8192,
-        "n_layer": 32,
-        "n_head": 32,
-        "n_head_kv": 8,
-        "d_model": 4096,
-        "d_inner": 14336,
-        "rotary_base": 500000.0,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-    },
-}

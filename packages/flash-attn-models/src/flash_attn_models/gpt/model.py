@@ -1,4 +1,4 @@
-"""The GPT model: embeddings, pre-norm blocks, final norm, language-model head."""
+"""The GPT model: embeddings, blocks, final norm, language-model head."""
 
 from __future__ import annotations
 
@@ -14,11 +14,23 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_attn_models.errors import bad_argument
 from flash_attn_models.gpt.config import GPTConfig
-from flash_attn_models.layers import MLP, Block, CausalSelfAttention, GatedMLP, GPTEmbeddings, KVCache
+from flash_attn_models.layers import (
+    MLP,
+    ALiBi,
+    Block,
+    CausalSelfAttention,
+    DecoderPostNormBlock,
+    GatedMLP,
+    GPTEmbeddings,
+    KVCache,
+    ParallelBlock,
+)
+from flash_attn_models.layers.block import add_norm
 
 
 class GPTModel(nn.Module):
-    """Decoder without a head: token ids (B,S) to hidden states (B,S,d_model) after the final norm.
+    """Decoder without a head: token ids (B,S) to hidden states (B,S,d_model) after the final norm, if
+    there is one.
 
     Attributes:
         activation_checkpointing: if set to True, each layer is computed again in the backward pass instead of
@@ -37,37 +49,43 @@ class GPTModel(nn.Module):
             config.vocab_size,
             config.d_model,
             n_positions=config.max_seqlen if config.position == "learned" else None,
+            position_offset=config.position_offset,
+            d_embedding=config.d_embedding,
+            scale=config.embedding_scale,
             dropout=config.dropout if config.embedding_dropout is None else config.embedding_dropout,
             **factory,
         )
-        rotary = None
-        if config.position == "rotary":  # one module, and so one table of angles, for all layers
-            rotary = RotaryEmbedding(
-                config.num_rotary_dims,
-                base=config.rotary_base,
-                interleaved=config.rotary_interleaved,
-                device=device,
-            )
-        self.layers = nn.ModuleList(_block(config, layer, rotary, factory) for layer in range(config.n_layer))
-        self.ln_f = _norm(config, factory)
+        positions = _Positions(config, device)
+        self.layers = nn.ModuleList(
+            _block(config, layer, positions, factory) for layer in range(config.n_layer)
+        )
+        self.ln_f = _norm(config, factory) if config.prenorm else None
 
     def forward(self, input_ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
         """input_ids (B,S) -> hidden states (B,S,d_model). See ``GPTLMHeadModel.forward`` for the cache."""
         _check_input(input_ids, cache, self.config, self.embeddings.word_embeddings.weight.device)
         offset = 0 if cache is None else cache.length
-        x, residual = self.embeddings(input_ids, offset), None
+        # What each kind of block passes on to the next, see layers/block.py.
+        others = 2 if self.config.parallel_block else 1 if self.config.prenorm else 0
+        state = (self.embeddings(input_ids, offset), *[None] * others)
         for layer in self.layers:
             if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
-                x, residual = checkpoint(layer, x, residual, use_reentrant=False)
+                state = checkpoint(layer, *state, use_reentrant=False)
             else:
-                x, residual = layer(x, residual, cache)
+                state = layer(*state, cache)
         if cache is not None:
             cache.advance(input_ids.shape[1])
-        return self.ln_f(x, residual=residual)
+        x, *branches = state
+        if self.ln_f is None:
+            return x
+        if self.config.parallel_block:
+            x1, residual = branches
+            return add_norm(self.ln_f, x, x1=x1, residual=residual)
+        return self.ln_f(x, residual=branches[0])
 
 
 class GPTLMHeadModel(nn.Module):
-    """GPT-2, LLaMA and their relatives, as a language model.
+    """GPT-2, LLaMA and their relatives (``flash_attn_models.gpt.families``), as a language model.
 
     Weights start as in GPT-2: normal with standard deviation ``config.initializer_range``, divided by
     sqrt(2 n_layer) for the two projections of each layer that write to the residual stream; biases zero,
@@ -84,11 +102,17 @@ class GPTLMHeadModel(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = GPTModel(config, device=device, dtype=dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.project_out = (
+            None
+            if config.d_embedding is None
+            else nn.Linear(config.d_model, config.d_embedding, bias=False, **factory)
+        )
         # A tied head has no parameter of its own: it reads the embedding's.
         self.lm_head = (
             None
             if config.tie_embeddings
-            else nn.Linear(config.d_model, config.vocab_size, bias=False, device=device, dtype=dtype)
+            else nn.Linear(config.embedding_dim, config.vocab_size, bias=config.head_bias, **factory)
         )
         self.reset_parameters()
 
@@ -120,11 +144,15 @@ class GPTLMHeadModel(nn.Module):
         hidden = self.transformer(input_ids, cache=cache)
         if num_last_tokens is not None:
             hidden = hidden[:, -num_last_tokens:]
-        return F.linear(hidden, self.head_weight)
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
+        weight = F.normalize(self.head_weight, dim=-1) if self.config.normalize_head else self.head_weight
+        logits = F.linear(hidden, weight, None if self.lm_head is None else self.lm_head.bias)
+        return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
 
     @property
     def head_weight(self) -> Tensor:
-        """The output projection (vocab_size, d_model), tied or not."""
+        """The output projection (vocab_size, embedding_dim), tied or not."""
         head = self.transformer.embeddings.word_embeddings if self.lm_head is None else self.lm_head
         return head.weight
 
@@ -151,9 +179,9 @@ class GPTLMHeadModel(nn.Module):
         return count
 
 
-def _norm(config: GPTConfig, factory: dict[str, Any]) -> nn.Module:
+def _norm(config: GPTConfig, factory: dict[str, Any], size: int | None = None) -> LayerNorm | RMSNorm:
     norm = LayerNorm if config.norm == "layer_norm" else RMSNorm
-    return norm(config.d_model, eps=config.norm_eps, **factory)
+    return norm(config.d_model if size is None else size, eps=config.norm_eps, **factory)
 
 
 def _mlp(config: GPTConfig, factory: dict[str, Any]) -> nn.Module:
@@ -164,7 +192,27 @@ def _mlp(config: GPTConfig, factory: dict[str, Any]) -> nn.Module:
     )
 
 
-def _block(config: GPTConfig, layer: int, rotary: RotaryEmbedding | None, factory: dict[str, Any]) -> Block:
+class _Positions:
+    """What tells layers the positions: one object, and so one table, for all of them."""
+
+    def __init__(self, config: GPTConfig, device: torch.device | str | None) -> None:
+        self.rotary: RotaryEmbedding | None = None
+        self.alibi: ALiBi | None = None
+        if config.position == "rotary":
+            scaling = config.rotary_scaling
+            self.rotary = RotaryEmbedding(
+                config.num_rotary_dims,
+                base=config.rotary_base,
+                interleaved=config.rotary_interleaved,
+                device=device,
+                scaling=None if scaling is None else scaling.build(config.max_seqlen),
+            )
+        elif config.position == "alibi":
+            of_scores = config.head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale
+            self.alibi = ALiBi(config.n_head, of_scores if config.alibi_scaled else 1.0)
+
+
+def _block(config: GPTConfig, layer: int, positions: _Positions, factory: dict[str, Any]) -> nn.Module:
     mixer = CausalSelfAttention(
         config.d_model,
         config.n_head,
@@ -172,13 +220,24 @@ def _block(config: GPTConfig, layer: int, rotary: RotaryEmbedding | None, factor
         d_head=config.d_head,
         qkv_bias=config.qkv_bias,
         out_bias=config.out_bias,
-        rotary=rotary,
+        rotary=positions.rotary,
+        alibi=positions.alibi,
+        window=config.window_of(layer),
+        softmax_scale=config.softmax_scale,
+        softcap=0.0 if config.softcap is None else config.softcap,
+        q_norm=_norm(config, factory, config.head_dim) if config.qk_norm else None,
+        k_norm=_norm(config, factory, config.head_dim) if config.qk_norm else None,
         dropout=config.attn_dropout,
         layer=layer,
         **factory,
     )
-    norm1, norm2 = _norm(config, factory), _norm(config, factory)
-    return Block(norm1, mixer, norm2, _mlp(config, factory), dropout=config.dropout)
+    norm1, mlp = _norm(config, factory), _mlp(config, factory)
+    norm2 = None if config.tied_norm else _norm(config, factory)
+    if config.parallel_block:
+        return ParallelBlock(norm1, mixer, norm2, mlp, dropout=config.dropout)
+    assert norm2 is not None  # the config refuses tied_norm otherwise
+    block = Block if config.prenorm else DecoderPostNormBlock
+    return block(norm1, mixer, norm2, mlp, dropout=config.dropout)
 
 
 def _check_input(input_ids: Tensor, cache: KVCache | None, config: GPTConfig, device: torch.device) -> None:

@@ -1,4 +1,5 @@
-"""Causal self-attention: multi-head, multi-query or grouped-query; rotary positions; key/value cache.
+"""Causal self-attention: multi-head, multi-query or grouped-query; rotary positions, ALiBi, sliding window, softcap,
+normalised queries and keys; key/value cache.
 
 Dimensions in comments: B batch, S new tokens, T all tokens so far, H query heads, Hk key/value heads, D width
 of a head.
@@ -11,11 +12,12 @@ from flash_attn_ops.attention import flash_attn_func
 from flash_attn_ops.rotary import RotaryEmbedding
 from torch import Tensor, nn
 
+from flash_attn_models.layers.alibi import ALiBi
 from flash_attn_models.layers.kv_cache import KVCache
 
 
 class CausalSelfAttention(nn.Module):
-    """out_proj(softmax(q k^T / sqrt(D), causal) v), with q, k, v from one projection.
+    """out_proj(softmax(scale q k^T + bias, causal) v), with q, k, v from one projection.
 
     Args:
         d_model: width of the input and output.
@@ -26,10 +28,16 @@ class CausalSelfAttention(nn.Module):
         qkv_bias, out_bias: biases of the two projections.
         rotary: rotates queries and keys by their position; None for models with other position information.
             Layers may share one module.
+        alibi: adds -slope * distance to the scores; None for models with other position information. Layers may
+            share one.
+        window: each token sees this many last ones, itself among them; None is all.
+        softcap: products become ``softcap * tanh(scale q k^T / softcap)``; 0 is off.
+        softmax_scale: factor of the scores; None is 1 / sqrt(D).
+        q_norm, k_norm: norms over D, before positions are applied; None leaves queries and keys as they are.
         dropout: of the attention probabilities, in training.
         layer: index of this layer in the cache.
 
-    Parameters: ``Wqkv`` with rows [q (H D) | k (Hk D) | v (Hk D)], and ``out_proj``.
+    Parameters: ``Wqkv`` with rows [q (H D) | k (Hk D) | v (Hk D)], ``out_proj``, and those of the norms.
     """
 
     def __init__(
@@ -42,6 +50,12 @@ class CausalSelfAttention(nn.Module):
         qkv_bias: bool = True,
         out_bias: bool = True,
         rotary: RotaryEmbedding | None = None,
+        alibi: ALiBi | None = None,
+        window: int | None = None,
+        softcap: float = 0.0,
+        softmax_scale: float | None = None,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
         dropout: float = 0.0,
         layer: int = 0,
         device: torch.device | str | None = None,
@@ -54,8 +68,14 @@ class CausalSelfAttention(nn.Module):
         self.dropout = dropout
         self.layer = layer
         self.rotary = rotary
+        self.alibi = alibi
+        self.window_size = (-1 if window is None else window - 1, -1)
+        self.softcap = softcap
+        self.softmax_scale = softmax_scale
         heads = self.n_head + 2 * self.n_head_kv
         self.Wqkv = nn.Linear(d_model, heads * self.d_head, bias=qkv_bias, device=device, dtype=dtype)
+        self.q_norm = q_norm
+        self.k_norm = k_norm
         self.out_proj = nn.Linear(
             self.n_head * self.d_head, d_model, bias=out_bias, device=device, dtype=dtype
         )
@@ -64,10 +84,25 @@ class CausalSelfAttention(nn.Module):
         """x (B,S,d_model) -> (B,S,d_model). With a cache, x follows the ``cache.length`` tokens in it."""
         heads = self.Wqkv(x).unflatten(-1, (-1, self.d_head))  # (B,S,H+2Hk,D)
         q, k, v = heads.split([self.n_head, self.n_head_kv, self.n_head_kv], dim=-2)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
         if self.rotary is not None:
             q, k = self.rotary(q, k, seqlen_offset=0 if cache is None else cache.length)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        # Causal is bottom-right aligned, so S new queries against T keys see exactly what precedes them.
-        out = flash_attn_func(q, k, v, dropout_p=self.dropout if self.training else 0.0, causal=True)
+        # Causal, window and ALiBi are bottom-right aligned, so S new queries against T keys see exactly what
+        # precedes them.
+        out = flash_attn_func(
+            q,
+            k,
+            v,
+            dropout_p=self.dropout if self.training else 0.0,
+            softmax_scale=self.softmax_scale,
+            causal=True,
+            window_size=self.window_size,
+            softcap=self.softcap,
+            alibi_slopes=None if self.alibi is None else self.alibi.slopes(q.device),
+        )
         return self.out_proj(out.flatten(-2))

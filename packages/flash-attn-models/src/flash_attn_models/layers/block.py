@@ -1,7 +1,14 @@
-"""The pre-norm transformer block, arranged so that each residual addition happens inside a norm."""
+"""Transformer blocks, arranged so that each residual addition happens inside a norm.
+
+Each block takes and returns its state: what the next norm adds up. ``Block``: the last branch, and the residual
+stream without it. ``ParallelBlock``: two branches and the residual stream. ``DecoderPostNormBlock``: the stream alone.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+from flash_attn_ops.norm import LayerNorm, RMSNorm, layer_norm, rms_norm
 from torch import Tensor, nn
 
 from flash_attn_models.layers.kv_cache import KVCache
@@ -39,3 +46,85 @@ class Block(nn.Module):
         x = self.dropout(self.mixer(x, cache))
         x, residual = self.norm2(x, residual=residual, prenorm=True)
         return self.dropout(self.mlp(x)), residual
+
+
+class ParallelBlock(nn.Module):
+    """One layer whose branches have the same input: r = r + dropout(mixer(norm1(r))) + dropout(mlp(norm2(r))).
+
+    One pass over memory adds both branches of the layer before to the residual stream and normalises the sum twice. As
+    in GPT-NeoX (two norms), GPT-J and Falcon (one).
+
+    Args:
+        norm1: LayerNorm or RMSNorm of flash_attn_ops.
+        mixer: attention, ``forward(x, cache)``.
+        norm2: like norm1, with the same eps; None shares norm1.
+        mlp: feed-forward layer, ``forward(x)``.
+        dropout: of each branch's output.
+    """
+
+    def __init__(
+        self,
+        norm1: LayerNorm | RMSNorm,
+        mixer: nn.Module,
+        norm2: LayerNorm | RMSNorm | None,
+        mlp: nn.Module,
+        *,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm1
+        self.mixer = mixer
+        self.norm2 = norm2
+        self.mlp = mlp
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        x1: Tensor | None = None,
+        residual: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Branches x and x1 (B,S,d_model) and the residual they belong to (None: none yet) -> all after the layer."""
+        if self.norm2 is None:
+            x, residual = add_norm(self.norm1, x, x1=x1, residual=residual, prenorm=True)
+            x1 = x
+        else:
+            weight1, bias1 = self.norm2.weight, self.norm2.bias
+            x, x1, residual = add_norm(
+                self.norm1, x, x1=x1, residual=residual, prenorm=True, weight1=weight1, bias1=bias1
+            )
+        return self.dropout(self.mixer(x, cache)), self.dropout(self.mlp(x1)), residual
+
+
+class DecoderPostNormBlock(nn.Module):
+    """One layer with norms on the residual stream: x = norm1(x + dropout(mixer(x))); x = norm2(x + dropout(mlp(x))).
+
+    Args:
+        norm1, norm2: norms with ``forward(x, residual) -> norm(x + residual)``.
+        mixer: attention, ``forward(x, cache)``.
+        mlp: feed-forward layer, ``forward(x)``.
+        dropout: of each branch's output.
+    """
+
+    def __init__(
+        self, norm1: nn.Module, mixer: nn.Module, norm2: nn.Module, mlp: nn.Module, *, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm1
+        self.mixer = mixer
+        self.norm2 = norm2
+        self.mlp = mlp
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor]:
+        """x (B,S,d_model) -> (x,) after the layer, of the same shape."""
+        x = self.norm1(self.dropout(self.mixer(x, cache)), residual=x)
+        return (self.norm2(self.dropout(self.mlp(x)), residual=x),)
+
+
+def add_norm(norm: LayerNorm | RMSNorm, x: Tensor, **options: Any) -> Any:
+    """``layer_norm`` or ``rms_norm`` of flash_attn_ops with the parameters of a module and any of their options, of
+    which the modules' own ``forward`` has only a few."""
+    function = layer_norm if isinstance(norm, LayerNorm) else rms_norm
+    return function(x, norm.weight, norm.bias, eps=norm.eps, **options)

@@ -1,17 +1,23 @@
-"""Token embedding with optional learned positions."""
+"""Token embedding with optional learned positions, and optionally of another width than the model."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 class GPTEmbeddings(nn.Module):
-    """dropout(word_embeddings[ids] + position_embeddings[position]).
+    """dropout(scale * project_in(word_embeddings[ids]) + position_embeddings[position + position_offset]).
 
     Args:
         vocab_size, d_model: shape of the token embedding.
         n_positions: number of learned positions; None for models without.
+        position_offset: rows of the position table in front of that of position 0 (OPT has 2).
+        d_embedding: width of the token embedding if it is another than d_model; ``project_in`` leads from one to the
+            other.
+        scale: factor of the token embedding.
         dropout: of the sum.
     """
 
@@ -21,21 +27,37 @@ class GPTEmbeddings(nn.Module):
         d_model: int,
         *,
         n_positions: int | None = None,
+        position_offset: int = 0,
+        d_embedding: int | None = None,
+        scale: float = 1.0,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(vocab_size, d_model, device=device, dtype=dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.position_offset = position_offset
+        self.scale = scale
+        self.word_embeddings = nn.Embedding(
+            vocab_size, d_model if d_embedding is None else d_embedding, **factory
+        )
+        self.project_in = (
+            None if d_embedding is None else nn.Linear(d_embedding, d_model, bias=False, **factory)
+        )
         self.position_embeddings = (
-            None if n_positions is None else nn.Embedding(n_positions, d_model, device=device, dtype=dtype)
+            None if n_positions is None else nn.Embedding(n_positions + position_offset, d_model, **factory)
         )
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, input_ids: Tensor, offset: int = 0) -> Tensor:
         """input_ids (B,S), of which the first is at position ``offset`` -> (B,S,d_model)."""
         x = self.word_embeddings(input_ids)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.scale != 1.0:
+            x = x * self.scale
         if self.position_embeddings is not None:
+            offset += self.position_offset
             positions = torch.arange(offset, offset + input_ids.shape[1], device=input_ids.device)
             x = x + self.position_embeddings(positions)
         return self.dropout(x)

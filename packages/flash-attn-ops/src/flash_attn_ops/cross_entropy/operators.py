@@ -2,52 +2,70 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from flash_attn_ops.library import opaque
+from flash_attn_ops.library import kernels_of, opaque
 
-_OPTIONS = "float label_smoothing, float logit_scale, float z_loss, SymInt ignore_index"
+from .options import SCHEMA, Options
 
-
-def _losses_fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    num_rows = logits.shape[0]
-    return tuple(logits.new_empty(num_rows, dtype=torch.float32) for _ in range(2))  # type: ignore[return-value]
+_kernels = kernels_of(__package__)
 
 
-@opaque(f"cross_entropy_forward(Tensor logits, Tensor labels, {_OPTIONS}) -> (Tensor, Tensor)", _losses_fake)
-def losses(
-    logits: Tensor,
-    labels: Tensor,
-    label_smoothing: float,
-    logit_scale: float,
-    z_loss: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """``(losses, lse)``, float32 (M,), of logits (M, V)."""
-    from . import triton_kernels
-
-    return triton_kernels.losses(logits, labels, label_smoothing, logit_scale, z_loss, ignore_index)
+def _per_row(logits: Tensor, count: int) -> tuple[Tensor, ...]:
+    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(count))
 
 
 @opaque(
-    "cross_entropy_backward(Tensor logits, Tensor labels, Tensor lse, Tensor d_loss, Tensor? divisor, "
-    f"{_OPTIONS}) -> Tensor",
+    f"cross_entropy_forward(Tensor logits, Tensor labels, Tensor? lse, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    lambda logits, labels, lse, *_: (
+        _per_row(logits, 3) if lse is None else (*_per_row(logits, 1), None, None)
+    ),
+)
+def losses(
+    logits: Tensor, labels: Tensor, lse: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``(losses, maximum, log_total)``, float32 (M,), of logits (M, V); only the first if lse is given."""
+    return _kernels().losses(logits, labels, lse, Options(*options))
+
+
+@opaque(
+    f"cross_entropy_statistics(Tensor logits, Tensor labels, Tensor? lse, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    lambda logits, *_: _per_row(logits, 3),
+)
+def statistics(
+    logits: Tensor, labels: Tensor, lse: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(maximum, total, target)``, float32 (M,), of logits (M, V); only the last has a meaning if lse is given."""
+    return _kernels().statistics(logits, labels, lse, Options(*options))
+
+
+@opaque(
+    "cross_entropy_backward(Tensor logits, Tensor labels, Tensor maximum, Tensor log_total, Tensor d_loss, "
+    "Tensor? divisor, "
+    f"{SCHEMA}) -> Tensor",
     lambda logits, *_: logits.new_empty(logits.shape),
 )
 def d_logits(
     logits: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    maximum: Tensor,
+    log_total: Tensor,
     d_loss: Tensor,
     divisor: Tensor | None,
-    label_smoothing: float,
-    logit_scale: float,
-    z_loss: float,
-    ignore_index: int,
+    *options: Any,
 ) -> Tensor:
     """The gradient (M, V), in new memory."""
-    from . import triton_kernels
+    row = (labels, maximum, log_total, d_loss, divisor)
+    return _kernels().d_logits(logits, *row, Options(*options), inplace=False)
 
-    options = (label_smoothing, logit_scale, z_loss, ignore_index)
-    return triton_kernels.d_logits(logits, labels, lse, d_loss, divisor, *options, inplace=False)
+
+@opaque(
+    "cross_entropy_mean(Tensor losses, Tensor labels, SymInt ignore_index) -> (Tensor, Tensor)",
+    lambda losses, *_: (losses.new_empty(()), losses.new_empty((), dtype=torch.int64)),
+)
+def mean(losses: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """``(mean, count)`` over the rows that are not ignored."""
+    return _kernels().mean(losses, labels, ignore_index)

@@ -20,18 +20,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def rows_of_tokens(
-    x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seqlen_offsets: int | Tensor,
+    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The rows of cos and sin for the tokens of x: NaN beyond the table, the identity outside every
     sequence."""
-    if cu_seqlens is None:
+    inside: Tensor | None = None
+    if position_ids is not None:
+        position = position_ids
+    elif cu_seqlens is None:
         seqlen = x.shape[1]
         if isinstance(seqlen_offsets, int):
             return cos[seqlen_offsets : seqlen_offsets + seqlen], sin[
                 seqlen_offsets : seqlen_offsets + seqlen
             ]
         position = torch.arange(seqlen, device=x.device) + seqlen_offsets[:, None]
-        inside = torch.ones_like(position, dtype=torch.bool)
     else:
         token = torch.arange(x.shape[0], device=x.device, dtype=cu_seqlens.dtype)
         sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
@@ -40,10 +47,10 @@ def rows_of_tokens(
         offset = seqlen_offsets if isinstance(seqlen_offsets, int) else seqlen_offsets[sequence]
         position = token - cu_seqlens[sequence] + offset
     known = (position >= 0) & (position < len(cos))
-    row = position.clamp(0, len(cos) - 1).long()
+    row = position.clamp(0, max(len(cos) - 1, 0)).long()
 
     def rows(table: Tensor, identity: float) -> Tensor:
         found = torch.where(known[..., None], table[row], torch.nan)
-        return torch.where(inside[..., None], found, identity)
+        return found if inside is None else torch.where(inside[..., None], found, identity)
 
     return rows(cos, 1.0), rows(sin, 0.0)

@@ -1,70 +1,110 @@
-"""The Triton kernel of rotary embedding, both layouts, dense and packed, forward and (conjugated) backward.
+"""The Triton kernel of rotary embedding: one or two tensors (queries and keys) in one launch, both layouts, dense and
+packed, forward and (conjugated) backward.
 
-It moves as many bytes as a copy. A program takes a few tokens with all or many of their heads, so that a row
-of cos and sin is read once for them, and finds each token's sequence itself (binary search in cu_seqlens for
+It moves as many bytes as a copy. A program takes a few tokens with all or many of their heads of one tensor, so that a
+row of cos and sin is read once for them, and finds each token's sequence itself (binary search in cu_seqlens for
 packed input): no launch depends on the longest sequence.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_attn_ops.launch import ceil_div, next_power_of_2, on_device_of
+from flash_attn_ops.launch import ceil_div, next_power_of_2
+from flash_attn_ops.triton_launch import launch
 
 PAIRS_PER_PROGRAM = 2048  # 128 threads with 16 rotated pairs each; no fewer, so that no pair has two threads
 MAX_HEADS = 32
+_NO_POINTERS, _NO_STRIDES, _NO_COUNTS = (None,) * 4, (0,) * 8, (0,) * 2  # of a second tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tokens and heads of one program: as many heads as there are, up to a limit, then tokens."""
+
+    tokens: int
+    heads: int
+
+    @staticmethod
+    @functools.lru_cache
+    def of(num_heads: int, half_block: int) -> Tile:
+        heads = min(MAX_HEADS, next_power_of_2(num_heads), max(1, PAIRS_PER_PROGRAM // half_block))
+        return Tile(max(1, PAIRS_PER_PROGRAM // (half_block * heads)), heads)
 
 
 def rotate(
-    x: Tensor,
-    out: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    tables: Sequence[tuple[Tensor, Tensor]],
     offsets: Tensor | None,
     offset: int,
     cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
     interleaved: bool,
     conjugate: bool,
 ) -> None:
-    """Writes x (B, S, H, D), or (T, H, D) with cu_seqlens, rotated (by the negative angles if ``conjugate``) to
-    ``out``, which may be x. A sequence starts at its value of ``offsets``, or at ``offset`` without them."""
-    num_heads, head_dim = x.shape[-2:]
-    rotary_half = cos.shape[1]
-    packed = cu_seqlens is not None
+    """Writes each x of one or two ``parts`` (x, out), rotated (by the negative angles if ``conjugate``), to its out,
+    which may be x. Each has its table of cos and sin. x are (B, S, H, D), or (T, H, D), with the same tokens and D.
+
+    Positions are ``position_ids`` (contiguous) if given; else they count from a sequence's value of ``offsets``, or
+    from ``offset`` without them.
+    """
+    x, out = parts[0]
+    head_dim = x.shape[-1]
+    rotary_half = tables[0][0].shape[1]
+    packed = x.dim() == 3
     seqlen = x.shape[0] if packed else x.shape[1]
     num_tokens = seqlen if packed else x.shape[0] * seqlen
-    num_sequences = len(cu_seqlens) - 1 if cu_seqlens is not None else x.shape[0]
+    num_sequences = len(cu_seqlens) - 1 if cu_seqlens is not None else 0
     half_block = max(8, next_power_of_2(rotary_half))
-    heads_block = min(MAX_HEADS, next_power_of_2(num_heads), max(1, PAIRS_PER_PROGRAM // half_block))
-    tokens_block = max(1, PAIRS_PER_PROGRAM // (half_block * heads_block))
-    head_blocks = ceil_div(num_heads, heads_block)
-    rest = 0 if out is x else head_dim - 2 * rotary_half
-    with on_device_of(x):
-        _rotate[(ceil_div(num_tokens, tokens_block) * head_blocks,)](
-            *(x, out, cos, sin, offsets, cu_seqlens),
-            *_token_strides(x, packed),
-            *_token_strides(out, packed),
-            *(cos.stride(0), sin.stride(0)),
-            *(num_tokens, seqlen, num_sequences, num_heads, head_blocks, len(cos)),
-            offset,
-            HALF=rotary_half,
-            REST=rest,
-            INTERLEAVED=interleaved,
-            CONJUGATE=conjugate,
-            SEARCH_STEPS=num_sequences.bit_length() if packed else 0,
-            TOKENS=tokens_block,
-            HEADS=heads_block,
-            HALF_BLOCK=half_block,
-            REST_BLOCK=max(16, next_power_of_2(rest)) if rest else 0,
-            num_warps=4,
-        )
+    rest = 0 if out is x or out.data_ptr() == x.data_ptr() else head_dim - 2 * rotary_half
+    pointers: list[Tensor | None] = []
+    strides: list[int] = []
+    counts: list[int] = []
+    tiles: list[Tile] = []
+    programs: list[int] = []
+    for (x, out), (cos, sin) in zip(parts, tables, strict=True):
+        num_heads = x.shape[-2]
+        tile = Tile.of(num_heads, half_block)
+        head_blocks = ceil_div(num_heads, tile.heads)
+        tiles.append(tile)
+        programs.append(ceil_div(num_tokens, tile.tokens) * head_blocks)
+        pointers += (x, out, cos, sin)
+        strides += (*_token_strides(x), *_token_strides(out), cos.stride(0), sin.stride(0))
+        counts += (num_heads, head_blocks)
+    if len(parts) == 1:
+        pointers += _NO_POINTERS
+        strides += _NO_STRIDES
+        counts += _NO_COUNTS
+    if sum(programs) == 0:
+        return
+    launch(
+        _rotate,
+        (sum(programs), 1),
+        (*pointers, offsets, cu_seqlens, position_ids),
+        strides,
+        (*counts, programs[0], num_tokens, seqlen, num_sequences, tables[0][0].shape[0], offset),
+        (),
+        (
+            *(rotary_half, rest, interleaved, conjugate, num_sequences.bit_length()),
+            *(tiles[0].tokens, tiles[0].heads, tiles[-1].tokens, tiles[-1].heads),
+            *(half_block, max(16, next_power_of_2(rest)) if rest else 0),
+        ),
+        num_warps=4,
+    )
 
 
-def _token_strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
+def _token_strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of (sequence, token, head)."""
-    return (0, x.stride(0), x.stride(1)) if packed else (x.stride(0), x.stride(1), x.stride(2))
+    stride = x.stride()
+    if len(stride) == 4:
+        return stride[0], stride[1], stride[2]
+    return 0, stride[0], stride[1]
 
 
 @triton.jit
@@ -75,11 +115,14 @@ def _turn(first, second, cos, sin):
 
 @triton.jit(
     do_not_specialize=[
+        "num_heads",
+        "head_blocks",
+        "k_num_heads",
+        "k_head_blocks",
+        "first_programs",
         "num_tokens",
         "seqlen",
         "num_sequences",
-        "num_heads",
-        "head_blocks",
         "table_rows",
         "offset",
     ]
@@ -89,8 +132,13 @@ def _rotate(
     out_ptr,
     cos_ptr,
     sin_ptr,
+    k_x_ptr,  # None: there is one tensor
+    k_out_ptr,
+    k_cos_ptr,
+    k_sin_ptr,
     offsets_ptr,  # None: every sequence starts at the same offset
     cu_seqlens_ptr,  # None: dense, seqlen tokens a sequence
+    position_ids_ptr,  # None: positions count from the sequence's start
     x_sequence_stride,
     x_token_stride,
     x_head_stride,
@@ -99,11 +147,22 @@ def _rotate(
     out_head_stride,
     cos_row_stride,
     sin_row_stride,
+    k_x_sequence_stride,
+    k_x_token_stride,
+    k_x_head_stride,
+    k_out_sequence_stride,
+    k_out_token_stride,
+    k_out_head_stride,
+    k_cos_row_stride,
+    k_sin_row_stride,
+    num_heads,
+    head_blocks,
+    k_num_heads,
+    k_head_blocks,
+    first_programs,
     num_tokens,
     seqlen,
     num_sequences,
-    num_heads,
-    head_blocks,
     table_rows,
     offset,
     HALF: tl.constexpr,
@@ -113,10 +172,68 @@ def _rotate(
     SEARCH_STEPS: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
+    K_TOKENS: tl.constexpr,
+    K_HEADS: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
 ):
+    """Programs from ``first_programs`` on take the second tensor. A branch for each, rather than pointers that are
+    chosen between, because the compiler keeps what it knows of their alignment."""
     program = tl.program_id(0)
+    if program < first_programs:
+        _rotate_tile(
+            program, x_ptr, out_ptr, cos_ptr, sin_ptr, x_sequence_stride, x_token_stride, x_head_stride,
+            out_sequence_stride, out_token_stride, out_head_stride, cos_row_stride, sin_row_stride, num_heads,
+            head_blocks, offsets_ptr, cu_seqlens_ptr, position_ids_ptr, num_tokens, seqlen, num_sequences,
+            table_rows, offset, HALF, REST, INTERLEAVED, CONJUGATE, SEARCH_STEPS, TOKENS, HEADS, HALF_BLOCK,
+            REST_BLOCK,
+        )  # fmt: skip
+    if k_x_ptr is not None:  # noqa: SIM102 (the compiler's choice, then the GPU's)
+        if program >= first_programs:
+            _rotate_tile(
+                program - first_programs, k_x_ptr, k_out_ptr, k_cos_ptr, k_sin_ptr, k_x_sequence_stride,
+                k_x_token_stride, k_x_head_stride, k_out_sequence_stride, k_out_token_stride, k_out_head_stride,
+                k_cos_row_stride, k_sin_row_stride, k_num_heads, k_head_blocks, offsets_ptr, cu_seqlens_ptr,
+                position_ids_ptr, num_tokens, seqlen, num_sequences, table_rows, offset, HALF, REST, INTERLEAVED,
+                CONJUGATE, SEARCH_STEPS, K_TOKENS, K_HEADS, HALF_BLOCK, REST_BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _rotate_tile(
+    program,
+    x_ptr,
+    out_ptr,
+    cos_ptr,
+    sin_ptr,
+    x_sequence_stride,
+    x_token_stride,
+    x_head_stride,
+    out_sequence_stride,
+    out_token_stride,
+    out_head_stride,
+    cos_row_stride,
+    sin_row_stride,
+    num_heads,
+    head_blocks,
+    offsets_ptr,
+    cu_seqlens_ptr,
+    position_ids_ptr,
+    num_tokens,
+    seqlen,
+    num_sequences,
+    table_rows,
+    offset,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    CONJUGATE: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+):
     index = (program // head_blocks) * TOKENS + tl.arange(0, TOKENS)
     head = (program % head_blocks) * HEADS + tl.arange(0, HEADS)
     token_mask = index < num_tokens
@@ -140,6 +257,8 @@ def _rotate(
         inside = (index >= start) & (index < tl.load(cu_seqlens_ptr + num_sequences))
     if offsets_ptr is not None:
         position += tl.load(offsets_ptr + sequence, mask=token_mask, other=0)
+    if position_ids_ptr is not None:
+        position = tl.load(position_ids_ptr + index, mask=token_mask, other=0)
     known = (position >= 0) & (position < table_rows)
 
     half = tl.arange(0, HALF_BLOCK)

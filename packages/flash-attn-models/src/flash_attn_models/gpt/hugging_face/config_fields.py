@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from flash_attn_models.errors import bad_argument, did_you_mean
+from flash_attn_models.gpt.config import GPTConfig
 
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -13,7 +15,7 @@ TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # return, and settings of the generation loop that transformers 4 kept here.
 INERT_FIELDS = frozenset({
     "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_name_or_path",
-    "architectures", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward",
+    "architectures", "auto_map", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward",
     "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
     "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
     "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label", "is_decoder",
@@ -66,3 +68,67 @@ def token_ids_from(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             ids[name] = value if value in vocabulary else None
     return ids
+
+
+# transformers has several names for one function.
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+}
+PLAIN_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
+
+
+def activation_from(values: Mapping[str, Any], name: str) -> str:
+    """Our name of the activation in this field; ValueError for one that the plain MLP does not have."""
+    if values[name] not in _ACTIVATIONS:
+        raise unsupported(name, values[name], f"one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[values[name]]
+
+
+def embedding_dropout_from(values: Mapping[str, Any], embedding: str, residual: str) -> float | None:
+    """None, "the same", rather than the value that the dropout of branches has too."""
+    return None if values[embedding] == values[residual] else values[embedding]
+
+
+# What every family can express (or, as for dropout, leave out without another result).
+_EVERYWHERE = frozenset({
+    "vocab_size", "max_seqlen", "n_layer", "n_head", "d_model", "d_inner", "norm_eps", "dropout",
+    "embedding_dropout", "attn_dropout", "initializer_range", *TOKEN_FIELDS,
+})  # fmt: skip
+
+
+def find_obstacles(
+    config: GPTConfig,
+    *,
+    fixed: Mapping[str, object],
+    free: Collection[str],
+    checks: Mapping[str, tuple[bool, str]],
+) -> dict[str, str]:
+    """The fields in which a config is not of a family, each with what the family has instead.
+
+    Args:
+        fixed: fields of which the family has one value, other than GPTConfig's default.
+        free: fields of which it has every value. A field neither here nor in ``fixed`` must have the default.
+        checks: more conditions, by field: whether the config meets it, and its wording.
+    """
+    obstacles = {name: expected for name, (fits, expected) in checks.items() if not fits}
+    # These may be spelt out and still have the default's value.
+    resolved = {
+        "n_head_kv": (config.num_heads_kv == config.n_head, "n_head"),
+        "d_head": (config.head_dim * config.n_head == config.d_model, "d_model / n_head"),
+        "rotary_dim": (config.num_rotary_dims in (0, config.head_dim), "the head dimension"),
+    }
+    for field in dataclasses.fields(config):
+        name = field.name
+        if name in _EVERYWHERE or name in free or name in obstacles:
+            continue
+        value = fixed.get(name, field.default)
+        fits, expected = getattr(config, name) == value, repr(value)
+        if name in resolved and name not in fixed:
+            fits, expected = resolved[name]
+        if not fits:
+            obstacles[name] = expected
+    return obstacles

@@ -7,11 +7,14 @@ from typing import Any
 
 from flash_attn_models.gpt.config import GPTConfig
 from flash_attn_models.gpt.hugging_face.config_fields import (
+    PLAIN_ACTIVATIONS,
     TOKEN_FIELDS,
+    activation_from,
+    embedding_dropout_from,
+    find_obstacles,
     refuse_unknown,
     require,
     token_ids_from,
-    unsupported,
 )
 from flash_attn_models.gpt.hugging_face.state_dict import Entry, Layout, layer_entries, make_layout
 
@@ -64,14 +67,6 @@ _INERT = {
     "summary_type",
     "summary_use_proj",
 }
-_ACTIVATION_TO_OURS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-}
-_ACTIVATION_FROM_OURS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
 
 
 def config_from(fields: Mapping[str, Any]) -> GPTConfig:
@@ -80,15 +75,11 @@ def config_from(fields: Mapping[str, Any]) -> GPTConfig:
     for name, (value, why) in _REQUIRED.items():
         require(fields, name, value, why)
     values = {**_DEFAULTS, **fields}
-    activation = values["activation_function"]
-    if activation not in _ACTIVATION_TO_OURS:
-        raise unsupported("activation_function", activation, f"one of {', '.join(_ACTIVATION_TO_OURS)}")
-    if values["embd_pdrop"] == values["resid_pdrop"]:
-        values["embd_pdrop"] = None
+    values["embd_pdrop"] = embedding_dropout_from(values, "embd_pdrop", "resid_pdrop")
     return GPTConfig(
         **{ours: values[theirs] for theirs, ours in _FIELDS.items()},
         **token_ids_from(values),
-        activation=_ACTIVATION_TO_OURS[activation],
+        activation=activation_from(values, "activation_function"),
     )
 
 
@@ -101,26 +92,19 @@ def config_to(config: GPTConfig) -> dict[str, Any]:
         **{theirs: plain[ours] for theirs, ours in _FIELDS.items()},
         **{name: plain[name] for name in TOKEN_FIELDS},
         "embd_pdrop": config.dropout if config.embedding_dropout is None else config.embedding_dropout,
-        "activation_function": _ACTIVATION_FROM_OURS[config.activation],
+        "activation_function": PLAIN_ACTIVATIONS[config.activation],
     }
 
 
 def obstacles(config: GPTConfig) -> dict[str, str]:
     """The fields that keep a config from being a GPT-2, each with what GPT-2 has instead."""
-    has = {
-        "norm": (config.norm == "layer_norm", "'layer_norm'"),
-        "position": (config.position == "learned", "'learned'"),
-        "activation": (
-            config.activation in _ACTIVATION_FROM_OURS,
-            f"one of {', '.join(_ACTIVATION_FROM_OURS)}",
-        ),
-        "qkv_bias": (config.qkv_bias, "True"),
-        "out_bias": (config.out_bias, "True"),
-        "mlp_bias": (config.mlp_bias, "True"),
-        "n_head_kv": (config.num_heads_kv == config.n_head, "n_head"),
-        "d_head": (config.head_dim * config.n_head == config.d_model, "d_model / n_head"),
-    }
-    return {name: expected for name, (fits, expected) in has.items() if not fits}
+    activations = f"one of {', '.join(PLAIN_ACTIVATIONS)}"
+    return find_obstacles(
+        config,
+        fixed={},
+        free={"activation", "tie_embeddings"},
+        checks={"activation": (config.activation in PLAIN_ACTIVATIONS, activations)},
+    )
 
 
 def layout(config: GPTConfig) -> Layout:

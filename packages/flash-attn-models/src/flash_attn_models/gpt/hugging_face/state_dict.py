@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,26 +14,62 @@ from flash_attn_models.gpt.config import GPTConfig
 
 
 @dataclass(frozen=True)
+class Interleaved:
+    """A packed query/key/value projection whose rows are grouped by key/value head.
+
+    ``groups`` is the number of key/value heads, ``ratio`` of query heads for each, ``d_head`` the rows of a head.
+    """
+
+    groups: int
+    ratio: int
+    d_head: int
+
+    def separate(self, tensor: Tensor) -> Tensor:
+        """(groups * (ratio + 2) * d_head, ...), a group after the other -> all queries, all keys, all values."""
+        groups = tensor.unflatten(0, (self.groups, self.ratio + 2, self.d_head))
+        q, k, v = groups.split([self.ratio, 1, 1], dim=1)
+        return torch.cat([part.flatten(0, 2) for part in (q, k, v)])
+
+    def mix(self, tensor: Tensor) -> Tensor:
+        """The inverse of ``separate``."""
+        rows = [self.groups * heads * self.d_head for heads in (self.ratio, 1, 1)]
+        parts = [part.unflatten(0, (self.groups, -1, self.d_head)) for part in tensor.split(rows)]
+        return torch.cat(parts, dim=1).flatten(0, 2)
+
+    @classmethod
+    def of(cls, config: GPTConfig) -> Interleaved:
+        """The heads of a config."""
+        return cls(config.num_heads_kv, config.n_head // config.num_heads_kv, config.head_dim)
+
+
+@dataclass(frozen=True)
 class Entry:
     """One of our parameters and the Hugging Face tensors that it is made of.
 
     ``theirs`` are concatenated along dimension 0 after each was transposed, if ``transposed`` says so.
     ``rows`` are their sizes along dimension 0, needed for more than one.
+    ``interleaved`` says that theirs, one tensor, has the rows of each key/value head together, [q of its query heads |
+    k | v], where ours has all queries before all keys before all values.
     """
 
     ours: str
     theirs: tuple[str, ...]
     rows: tuple[int, ...] = ()
     transposed: bool = False
+    interleaved: Interleaved | None = None
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Our tensor from theirs."""
         if self.transposed:
             tensors = [tensor.t() for tensor in tensors]
+        if self.interleaved is not None:
+            return self.interleaved.separate(tensors[0])
         return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Their tensors from ours; the inverse of ``join``. Contiguous."""
+        if self.interleaved is not None:
+            tensor = self.interleaved.mix(tensor)
         tensors = [tensor] if len(self.theirs) == 1 else list(tensor.split(list(self.rows)))
         return [(part.t() if self.transposed else part).contiguous() for part in tensors]
 
@@ -55,6 +92,7 @@ class Layout:
         tied_head: the output projection's name if it shares the embedding's weight and so has no entry of its
             own.
         embedding: the embedding's name.
+        other_names: names that some files have instead, by the name of the entry.
     """
 
     entries: tuple[Entry, ...]
@@ -62,6 +100,12 @@ class Layout:
     buffers: re.Pattern[str]
     tied_head: str | None
     embedding: str
+    other_names: Mapping[str, str] = field(default_factory=dict)
+
+    def name_in(self, names: Container[str], name: str) -> str:
+        """The name that a tensor has among these names; ``name`` if it is missing."""
+        other = self.other_names.get(name, name)
+        return other if name not in names and other in names else name
 
     def is_headless(self, names: Sequence[str]) -> bool:
         """Whether these are the names that a model without a head has: none has the base prefix."""
@@ -71,7 +115,10 @@ class Layout:
 
 def from_hugging_face(state_dict: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Our state dict from a complete Hugging Face one (names with the base prefix)."""
-    return {entry.ours: entry.join([state_dict[name] for name in entry.theirs]) for entry in layout.entries}
+    return {
+        entry.ours: entry.join([state_dict[layout.name_in(state_dict, name)] for name in entry.theirs])
+        for entry in layout.entries
+    }
 
 
 def to_hugging_face(state_dict: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
@@ -86,25 +133,57 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], layout: Layout) -> dict[st
 def layer_entries(per_layer: Sequence[Entry], n_layer: int, their_prefix: str) -> list[Entry]:
     """The entries of one layer, repeated with full names for every layer."""
     return [
-        Entry(
-            f"transformer.layers.{layer}.{entry.ours}",
-            tuple(f"{their_prefix}.{layer}.{name}" for name in entry.theirs),
-            entry.rows,
-            entry.transposed,
+        replace(
+            entry,
+            ours=f"transformer.layers.{layer}.{entry.ours}",
+            theirs=tuple(f"{their_prefix}.{layer}.{name}" for name in entry.theirs),
         )
         for layer in range(n_layer)
         for entry in per_layer
     ]
 
 
-def make_layout(config: GPTConfig, entries: list[Entry], base_prefix: str, buffers: str) -> Layout:
-    """The layout of these entries, the embedding first, and of an untied head if there is one."""
+def linear_entries(
+    ours: str, theirs: str | tuple[str, ...], bias: bool, *, transposed: bool = False, **options: Any
+) -> list[Entry]:
+    """The entries of the weight of a linear layer or a norm, and of its bias if it has one.
+
+    Args:
+        ours, theirs: names of the modules; several of theirs lie one below the other in ours.
+        bias: whether there is one. It is a row, and so never transposed.
+        transposed, options: fields of ``Entry``.
+    """
+    names = (theirs,) if isinstance(theirs, str) else theirs
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return [
+        Entry(
+            f"{ours}.{kind}",
+            tuple(f"{name}.{kind}" for name in names),
+            transposed=transposed and kind == "weight",
+            **options,
+        )
+        for kind in kinds
+    ]
+
+
+def make_layout(
+    config: GPTConfig,
+    entries: list[Entry],
+    base_prefix: str,
+    buffers: str,
+    *,
+    head: str = "lm_head",
+    other_head: str | None = None,
+) -> Layout:
+    """The layout of these entries, the embedding first, and of an untied head, with the name ``head`` or, in other
+    files, ``other_head``, if there is one."""
     if not config.tie_embeddings:
-        entries = [*entries, Entry("lm_head.weight", ("lm_head.weight",))]
+        entries = [*entries, *linear_entries("lm_head", head, config.head_bias)]
     return Layout(
         entries=tuple(entries),
         base_prefix=base_prefix,
         buffers=re.compile(buffers),
-        tied_head="lm_head.weight" if config.tie_embeddings else None,
+        tied_head=f"{head}.weight" if config.tie_embeddings else None,
         embedding=entries[0].theirs[0],
+        other_names={} if other_head is None else {f"{head}.weight": f"{other_head}.weight"},
     )

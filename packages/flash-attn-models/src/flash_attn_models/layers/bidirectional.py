@@ -1,0 +1,98 @@
+"""Bidirectional self-attention of encoders, over padded batches or packed tokens.
+
+Dimensions in comments: B batch, S tokens of a padded sequence, T packed tokens, R rows of them, H heads, D width of a
+head.
+"""
+
+from __future__ import annotations
+
+import torch
+from flash_attn_ops.attention import (
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class BidirectionalSelfAttention(nn.Module):
+    """out_proj(softmax(q k^T / sqrt(D)) v), with q, k, v from one projection; every token sees its whole sequence.
+
+    Args:
+        d_model: width of the input and output.
+        n_head: heads, a divisor of d_model.
+        bias: of the two projections.
+        dropout: of the attention probabilities, in training.
+
+    Parameters: ``Wqkv`` with rows [q (H D) | k (H D) | v (H D)], and ``out_proj``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        *,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.d_head = d_model // n_head
+        self.dropout = dropout
+        self.Wqkv = nn.Linear(d_model, 3 * n_head * self.d_head, bias=bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(n_head * self.d_head, d_model, bias=bias, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """x to a tensor of its shape.
+
+        Args:
+            x: (B,S,d_model); with ``cu_seqlens`` (T,d_model), the tokens of all sequences one after the other.
+            key_padding_mask: of a padded batch, bool (B,S): True is a real token. Others are seen by no token.
+            cu_seqlens: int32 (B+1,), where each sequence begins, and T.
+            max_seqlen: the longest sequence, a hint.
+        """
+        qkv = self.Wqkv(x).unflatten(-1, (3, self.n_head, self.d_head))
+        if cu_seqlens is None:
+            out = flash_attn_qkvpacked_func(qkv, self._dropout_p, key_padding_mask=key_padding_mask)
+        else:
+            out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, self._dropout_p)
+        return self.out_proj(out.flatten(-2))
+
+    def forward_rows(
+        self, x: Tensor, rows: Tensor, cu_rows: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
+    ) -> Tensor:
+        """The same as ``forward(x, cu_seqlens=cu_seqlens)[rows]``, and nothing computed for other rows but their
+        keys and values.
+
+        Args:
+            x: (T,d_model).
+            rows: int64 (R,), ascending.
+            cu_rows: int32 (B+1,), where the rows of each sequence begin among all rows, and R.
+            cu_seqlens, max_seqlen: of x.
+
+        Returns:
+            (R,d_model).
+        """
+        sizes = (self.n_head * self.d_head, 2 * self.n_head * self.d_head)
+        weight_q, weight_kv = self.Wqkv.weight.split(sizes)
+        bias_q, bias_kv = (None, None) if self.Wqkv.bias is None else self.Wqkv.bias.split(sizes)
+        q = F.linear(x.index_select(0, rows), weight_q, bias_q).unflatten(-1, (self.n_head, self.d_head))
+        k, v = F.linear(x, weight_kv, bias_kv).unflatten(-1, (2, self.n_head, self.d_head)).unbind(-3)
+        out = flash_attn_varlen_func(
+            q, k, v, cu_rows, cu_seqlens, max_seqlen, max_seqlen, dropout_p=self._dropout_p
+        )
+        return self.out_proj(out.flatten(-2))
+
+    @property
+    def _dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
