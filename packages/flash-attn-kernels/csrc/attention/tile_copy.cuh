@@ -74,7 +74,8 @@ __device__ __forceinline__ GeneralRows key_rows(GeneralRows rows, const Attentio
   }
   if (modifiers.pages.table != nullptr) {
     const PageLayout& pages = modifiers.pages;
-    const int entry = pages.entries == nullptr ? index : pages.entries[index];
+    int entry = index;
+    if (pages.entries != nullptr) entry = index < params.shape.batch ? pages.entries[index] : -1;
     if (entry < 0 || entry >= pages.table_entries) rows.count = 0;
     rows.pages = pages.table + entry * pages.table_stride;
     rows.page_size = pages.page_size, rows.page_count = pages.count;
