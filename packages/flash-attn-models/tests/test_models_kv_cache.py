@@ -8,6 +8,8 @@ import pytest
 import torch
 from flash_attn_models.generation import KVCache, make_cache
 from flash_attn_models.gpt import GPTLMHeadModel
+from flash_attn_models.layers import CausalSelfAttention
+from flash_attn_ops.rotary import RotaryEmbedding
 
 
 @pytest.mark.parametrize("splits", [[1] * 12, [5, 1, 1, 5], [7, 5], [12]], ids=str)
@@ -39,7 +41,9 @@ def test_reset_starts_again(config):
     cache = make_cache(model, 2, 9)
     model(input_ids.flip(1), cache=cache)
     cache.reset()
-    assert torch.equal(model(input_ids, cache=cache), model(input_ids))
+    logits = model(input_ids, cache=cache)
+    assert torch.equal(logits, model(input_ids, cache=make_cache(model, 2, 9)))
+    torch.testing.assert_close(logits, model(input_ids))
 
 
 def test_buffers_fit_the_model(config):
@@ -114,3 +118,18 @@ def test_overflow_leaves_the_cache_as_it_was(config):
             model(input_ids[:, 4:], cache=cache)
         logits = model(input_ids[:, 4:6], cache=cache)
         torch.testing.assert_close(logits, model(input_ids[:, :6])[:, 4:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale_base", [None, 16.0], ids=["rotary", "xpos"])
+def test_rotary_positions_of_keys_in_the_cache(scale_base):
+    """Also with XPos, whose keys have tables of their own."""
+    rotary = RotaryEmbedding(8, scale_base=scale_base)
+    mixer = CausalSelfAttention(32, 4, n_head_kv=2, rotary=rotary, dtype=torch.float64)
+    x = torch.randn(2, 11, 32, dtype=torch.float64)
+    cache = KVCache(1, 2, 16, 2, 8, dtype=torch.float64)
+    pieces = []
+    for part in x.split([4, 1, 6], dim=1):
+        pieces.append(mixer(part, cache))
+        cache.advance(part.shape[1])
+    torch.testing.assert_close(torch.cat(pieces, dim=1), mixer(x), rtol=1e-10, atol=1e-10)

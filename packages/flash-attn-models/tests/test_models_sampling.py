@@ -6,7 +6,15 @@ import math
 
 import pytest
 import torch
-from flash_attn_models.generation import filter_logits, keep_top_k, keep_top_p, sample, scale_by_temperature
+from flash_attn_models.generation import (
+    filter_logits,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+    sample,
+    scale_by_temperature,
+)
 
 SHAPES = [(7,), (5, 11), (2, 3, 17)]
 
@@ -60,6 +68,33 @@ def test_top_p_boundary_and_certainty():
     assert kept(keep_top_p(torch.full((50000,), -1.0, dtype=torch.bfloat16), 1.0)) == [set(range(50000))]
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("p", [1e-9, 0.03, 0.5, 0.99])
+def test_min_p_keeps_what_is_likely_enough(shape, p):
+    logits = 2 * torch.randn(shape, dtype=torch.float64)
+    filtered = keep_min_p(logits, p)
+    for row, indices in zip(rows(logits), kept(filtered), strict=True):
+        weights = list(map(math.exp, row))
+        assert indices == {i for i, weight in enumerate(weights) if weight >= p * max(weights)}
+    assert torch.equal(filtered[filtered.isfinite()], logits[filtered.isfinite()])
+
+
+def test_min_p_of_one_keeps_the_most_likely():
+    assert kept(keep_min_p(torch.tensor([1.0, 3.0, 3.0, 2.0]), 1.0)) == [{1, 2}]
+    excluded = torch.tensor([-math.inf, 3.0, 2.9])
+    assert kept(keep_min_p(excluded, 1e-30)) == [{1, 2}]
+
+
+def test_repetition_penalty_matches_transformers():
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(4, 50)
+    tokens = torch.randint(50, (4, 12))
+    seen = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, tokens, True)
+    for penalty in (0.5, 1.0, 1.3):
+        expected = process.RepetitionPenaltyLogitsProcessor(penalty)(tokens, logits)
+        assert torch.equal(penalize_repetition(logits, seen, penalty), expected)
+
+
 def test_filters_match_transformers():
     process = pytest.importorskip("transformers.generation.logits_process")
     logits = 3 * torch.randn(8, 50)
@@ -67,6 +102,10 @@ def test_filters_match_transformers():
     expected = process.TopKLogitsWarper(20)(None, expected)
     expected = process.TopPLogitsWarper(0.8)(None, expected)
     torch.testing.assert_close(filter_logits(logits, temperature=0.7, top_k=20, top_p=0.8), expected)
+    expected = process.MinPLogitsWarper(0.2)(None, expected)
+    torch.testing.assert_close(
+        filter_logits(logits, temperature=0.7, top_k=20, top_p=0.8, min_p=0.2), expected
+    )
 
 
 def test_temperature_scales_logits():
@@ -82,6 +121,7 @@ def test_temperature_scales_logits():
         ({"top_k": 2}, [4 / 7, 3 / 7, 0.0, 0.0]),
         ({"top_p": 0.75}, [4 / 9, 3 / 9, 2 / 9, 0.0]),
         ({"top_k": 3, "top_p": 0.6}, [4 / 7, 3 / 7, 0.0, 0.0]),
+        ({"min_p": 0.4}, [4 / 9, 3 / 9, 2 / 9, 0.0]),
     ],
 )
 def test_drawn_frequencies(options, probabilities):
@@ -113,6 +153,8 @@ def test_generator_decides():
         ({"top_k": 0}, r"top_k: got 0; expected at least 1"),
         ({"top_p": 0.0}, r"top_p: got 0.0; expected a probability in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p: got 1.5"),
+        ({"min_p": 0.0}, r"min_p: got 0.0; expected a factor in \(0, 1\]"),
+        ({"min_p": 1.5}, r"min_p: got 1.5"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -1,4 +1,4 @@
-"""Decoder families of GPT-2 and LLaMA, and BERT: layers, Hugging Face weights, generation."""
+"""Decoder families of GPT-2 and LLaMA, BERT and ViT: layers, Hugging Face weights, generation."""
 
 from flash_attn_models.generation import generate
 from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel

@@ -1,4 +1,4 @@
-"""Models in Hugging Face folders: load decoders and BERT, and save them so that transformers loads them."""
+"""Models in Hugging Face folders: load decoders, BERT and ViT, and save them so that transformers loads them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from flash_attn_models.gpt.hugging_face import (
     to_hugging_face,
 )
 from flash_attn_models.gpt.model import GPTLMHeadModel
+from flash_attn_models.vit import hugging_face as vit_hugging_face
 
 _BERT_MODELS = (BertModel, BertForMaskedLM, BertForPreTraining)
 _MAX_NAMES_IN_MESSAGE = 8
@@ -36,7 +37,8 @@ def load_pretrained(
     """The model in a local Hugging Face folder, in evaluation mode.
 
     It is a ``GPTLMHeadModel``; of type "bert" it is a ``BertModel``, ``BertForMaskedLM`` or
-    ``BertForPreTraining``, with the heads and the pooler that the files have weights of.
+    ``BertForPreTraining``, with the heads and the pooler that the files have weights of; of type "vit" likewise a
+    ``ViTModel`` or ``ViTForImageClassification``.
 
     Everything is checked before a weight is read, and each weight goes straight to its place: the model needs
     memory for one copy of the weights (two for a .bin file in the format before torch 1.6, which cannot be
@@ -80,7 +82,7 @@ def load_pretrained(
 
 
 def save_pretrained(
-    model: GPTLMHeadModel | bert_hugging_face.AnyBert,
+    model: GPTLMHeadModel | bert_hugging_face.AnyBert | vit_hugging_face.AnyViT,
     folder: str | os.PathLike[str],
     *,
     max_shard_bytes: int = 5_000_000_000,
@@ -98,11 +100,11 @@ def save_pretrained(
         ValueError: a model that no Hugging Face family can express (naming the fields of the nearest one), or
             a folder that holds something or cannot be written.
     """
-    if not isinstance(model, (GPTLMHeadModel, *_BERT_MODELS)):
+    if not isinstance(model, (GPTLMHeadModel, *_BERT_MODELS, *vit_hugging_face.MODELS)):
         raise bad_argument(
             "model",
             f"a {type(model).__name__}",
-            "a GPTLMHeadModel or a BERT model",
+            "a GPTLMHeadModel, or a BERT or ViT model",
             "unwrap it: model.module, or model._orig_mod",
         )
     if max_shard_bytes < 1:
@@ -131,19 +133,25 @@ def _empty_model(fields: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Any
         form = bert_hugging_face.Form.of_names(checkpoint.tensors)
         layout = bert_hugging_face.hugging_face_layout(bert_config, form)
         return form.build(bert_config, device="meta"), layout
+    if fields.get("model_type") == "vit":
+        return vit_hugging_face.empty_model(fields, checkpoint.tensors)
     if fields.get("model_type") not in MODEL_TYPES:
         raise bad_argument(
             "config field 'model_type'",
             repr(fields.get("model_type")),
-            f"one of {', '.join(map(repr, (*MODEL_TYPES, 'bert')))}",
+            f"one of {', '.join(map(repr, (*MODEL_TYPES, 'bert', 'vit')))}",
             "use a model of one of these types",
         )
     config = config_from_hugging_face(fields)
     return GPTLMHeadModel(config, device="meta"), hugging_face_layout(config, fields["model_type"])
 
 
-def _description(model: GPTLMHeadModel | bert_hugging_face.AnyBert) -> tuple[dict[str, Any], Layout]:
+def _description(
+    model: GPTLMHeadModel | bert_hugging_face.AnyBert | vit_hugging_face.AnyViT,
+) -> tuple[dict[str, Any], Layout]:
     """The contents of config.json for this model, and the layout of its checkpoint."""
+    if isinstance(model, vit_hugging_face.MODELS):
+        return vit_hugging_face.description(model)
     if isinstance(model, _BERT_MODELS):
         form = bert_hugging_face.Form.of_model(model)
         fields = bert_hugging_face.config_to_hugging_face(model.config, form.architecture)

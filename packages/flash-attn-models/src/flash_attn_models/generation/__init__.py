@@ -1,10 +1,13 @@
-"""Text generation: key/value cache, sampling, and the loop that puts them together."""
+"""Text generation: key/value caches, sampling, and the loop that puts them together."""
 
-from flash_attn_models.generation.generate import generate, make_cache, stream_tokens
+from flash_attn_models.generation.generate import generate, make_cache, make_page_pool, stream_tokens
+from flash_attn_models.generation.paged_cache import PagedKVCache, PagePool
 from flash_attn_models.generation.sampling import (
     filter_logits,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
+    penalize_repetition,
     sample,
     scale_by_temperature,
 )
@@ -12,11 +15,16 @@ from flash_attn_models.layers.kv_cache import KVCache
 
 __all__ = [
     "KVCache",
+    "PagePool",
+    "PagedKVCache",
     "filter_logits",
     "generate",
+    "keep_min_p",
     "keep_top_k",
     "keep_top_p",
     "make_cache",
+    "make_page_pool",
+    "penalize_repetition",
     "sample",
     "scale_by_temperature",
     "stream_tokens",

@@ -5,6 +5,8 @@ Filters set the logits of excluded tokens to -inf.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,15 +46,51 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(excluded).scatter(-1, order, excluded), -torch.inf)
 
 
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Keep tokens with at least p times the probability of the most likely one, which always stays.
+
+    Source: Nguyen et al. 2024, arXiv 2407.01082.
+    """
+    if not 0 < p <= 1:
+        raise bad_argument("min_p", p, "a factor in (0, 1]", "leave min_p out to keep all tokens")
+    # Ratios of probabilities are differences of logits: no softmax is needed.
+    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(p), -torch.inf)
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make tokens that occurred before less likely: positive logits divided by the penalty, negative ones times it.
+
+    Args:
+        logits: (..., V).
+        seen: bool (..., V), which tokens occurred.
+        penalty: positive; 1 changes nothing, and below 1 makes them more likely.
+
+    Source: Keskar et al. 2019, arXiv 1909.05858, in the form of Hugging Face's ``repetition_penalty``.
+    """
+    if not 0 < penalty < math.inf:
+        raise bad_argument(
+            "repetition_penalty", penalty, "a positive number", "leave it out, or use a value such as 1.1"
+        )
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
 def filter_logits(
-    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> Tensor:
-    """Apply ``scale_by_temperature``, ``keep_top_k``, ``keep_top_p`` in this order; None is no filter."""
+    """Apply ``scale_by_temperature``, ``keep_top_k``, ``keep_top_p``, ``keep_min_p`` in this order; None is no
+    filter."""
     logits = scale_by_temperature(logits, temperature)
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     if top_p is not None:
         logits = keep_top_p(logits, top_p)
+    if min_p is not None:
+        logits = keep_min_p(logits, min_p)
     return logits
 
 
@@ -62,12 +100,15 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw a token from each row of logits (..., V), filtered by ``filter_logits`` -> (...), int64.
 
     ``generator`` is the source of randomness, on the device of the logits; None is torch's global one.
     """
-    logits = filter_logits(logits.float(), temperature=temperature, top_k=top_k, top_p=top_p)
-    drawn = torch.multinomial(logits.softmax(dim=-1).flatten(0, -2), 1, generator=generator)
-    return drawn.view(logits.shape[:-1])
+    logits = filter_logits(logits.float(), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    # A race of exponential clocks: the token i that minimises Exp(1) / p_i is drawn with probability p_i. It is what
+    # torch.multinomial computes too, which however makes the host wait for a check of the probabilities.
+    clocks = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(dim=-1) / clocks.clamp_min_(torch.finfo(clocks.dtype).tiny)).argmax(dim=-1)

@@ -22,10 +22,10 @@ from flash_attn_models.layers import (
     DecoderPostNormBlock,
     GatedMLP,
     GPTEmbeddings,
-    KVCache,
     ParallelBlock,
 )
 from flash_attn_models.layers.block import add_norm
+from flash_attn_models.layers.kv_cache import Cache
 
 
 class GPTModel(nn.Module):
@@ -61,20 +61,23 @@ class GPTModel(nn.Module):
         )
         self.ln_f = _norm(config, factory) if config.prenorm else None
 
-    def forward(self, input_ids: Tensor, *, cache: KVCache | None = None) -> Tensor:
-        """input_ids (B,S) -> hidden states (B,S,d_model). See ``GPTLMHeadModel.forward`` for the cache."""
+    def forward(
+        self, input_ids: Tensor, *, cache: Cache | None = None, seqlens: Tensor | None = None
+    ) -> Tensor:
+        """input_ids (B,S) -> hidden states (B,S,d_model). See ``GPTLMHeadModel.forward`` for cache and seqlens."""
         _check_input(input_ids, cache, self.config, self.embeddings.word_embeddings.weight.device)
-        offset = 0 if cache is None else cache.length
+        _check_seqlens(seqlens, input_ids)
+        embedded = self.embeddings(input_ids, 0 if cache is None else cache.lengths)
         # What each kind of block passes on to the next, see layers/block.py.
         others = 2 if self.config.parallel_block else 1 if self.config.prenorm else 0
-        state = (self.embeddings(input_ids, offset), *[None] * others)
+        state: tuple[Any, ...] = (embedded, *[None] * others)
         for layer in self.layers:
             if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
                 state = checkpoint(layer, *state, use_reentrant=False)
             else:
                 state = layer(*state, cache)
         if cache is not None:
-            cache.advance(input_ids.shape[1])
+            cache.advance(input_ids.shape[1], seqlens)
         x, *branches = state
         if self.ln_f is None:
             return x
@@ -117,7 +120,12 @@ class GPTLMHeadModel(nn.Module):
         self.reset_parameters()
 
     def forward(
-        self, input_ids: Tensor, *, cache: KVCache | None = None, num_last_tokens: int | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        cache: Cache | None = None,
+        seqlens: Tensor | None = None,
+        num_last_tokens: int | None = None,
     ) -> Tensor:
         """Logits of the next token at each position.
 
@@ -125,14 +133,18 @@ class GPTLMHeadModel(nn.Module):
             input_ids: token ids (B,S), int64 or int32.
             cache: keys and values of the tokens before these; those of input_ids are added to it. None starts
                 at the beginning and keeps nothing.
-            num_last_tokens: logits of only this many last positions, n; None is all, n = S.
+            seqlens: integers (B,), the first ``seqlens[b]`` tokens of row b are its own and the rest is padding, which
+                the cache forgets and whose logits mean nothing. Values in [1, S], which is not checked: that would
+                wait for the device. None is S for all.
+            num_last_tokens: logits of only this many last positions of each row, n; None is all, n = S. Where a row
+                has fewer than n tokens, its first one comes instead of what it lacks.
 
         Returns:
             Logits (B,n,vocab_size) in the dtype of the parameters, or of autocast.
 
         Raises:
-            ValueError: input_ids of the wrong shape or dtype, on another device, or longer than the context
-                or the cache; num_last_tokens not in [1, S].
+            ValueError: input_ids or seqlens of the wrong shape or dtype, on another device, or longer than the context
+                or the cache; num_last_tokens not in [1, S]; gradients needed with a cache.
         """
         if num_last_tokens is not None and not 1 <= num_last_tokens <= input_ids.shape[-1]:
             raise bad_argument(
@@ -141,9 +153,9 @@ class GPTLMHeadModel(nn.Module):
                 f"between 1 and the {input_ids.shape[-1]} positions of input_ids",
                 "change num_last_tokens, or leave it out for the logits of all positions",
             )
-        hidden = self.transformer(input_ids, cache=cache)
+        hidden = self.transformer(input_ids, cache=cache, seqlens=seqlens)
         if num_last_tokens is not None:
-            hidden = hidden[:, -num_last_tokens:]
+            hidden = _last_positions(hidden, seqlens, num_last_tokens)
         if self.project_out is not None:
             hidden = self.project_out(hidden)
         weight = F.normalize(self.head_weight, dim=-1) if self.config.normalize_head else self.head_weight
@@ -240,7 +252,29 @@ def _block(config: GPTConfig, layer: int, positions: _Positions, factory: dict[s
     return block(norm1, mixer, norm2, mlp, dropout=config.dropout)
 
 
-def _check_input(input_ids: Tensor, cache: KVCache | None, config: GPTConfig, device: torch.device) -> None:
+def _last_positions(hidden: Tensor, seqlens: Tensor | None, count: int) -> Tensor:
+    """hidden (B,S,d_model) -> (B,count,d_model): the last ones of each row's ``seqlens[b]`` positions."""
+    if seqlens is None:
+        return hidden[:, -count:]
+    positions = seqlens.long()[:, None] + torch.arange(-count, 0, device=seqlens.device)
+    return hidden.gather(1, positions.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def _check_seqlens(seqlens: Tensor | None, input_ids: Tensor) -> None:
+    if seqlens is None:
+        return
+    batch = input_ids.shape[:1]
+    integers = seqlens.dtype in (torch.int32, torch.int64)
+    if seqlens.shape != batch or not integers or seqlens.device != input_ids.device:
+        raise bad_argument(
+            "seqlens",
+            f"shape {tuple(seqlens.shape)}, {seqlens.dtype} on {seqlens.device}",
+            f"shape {tuple(batch)}, int32 or int64 on {input_ids.device}",
+            "pass how many tokens each row of input_ids has",
+        )
+
+
+def _check_input(input_ids: Tensor, cache: Cache | None, config: GPTConfig, device: torch.device) -> None:
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int32, torch.int64):
         raise bad_argument(
             "input_ids",

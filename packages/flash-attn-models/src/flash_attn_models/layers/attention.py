@@ -8,12 +8,12 @@ of a head.
 from __future__ import annotations
 
 import torch
-from flash_attn_ops.attention import flash_attn_func
+from flash_attn_ops.attention import flash_attn_func, flash_attn_with_kvcache
 from flash_attn_ops.rotary import RotaryEmbedding
 from torch import Tensor, nn
 
 from flash_attn_models.layers.alibi import ALiBi
-from flash_attn_models.layers.kv_cache import KVCache
+from flash_attn_models.layers.kv_cache import Cache
 
 
 class CausalSelfAttention(nn.Module):
@@ -80,21 +80,22 @@ class CausalSelfAttention(nn.Module):
             self.n_head * self.d_head, d_model, bias=out_bias, device=device, dtype=dtype
         )
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x (B,S,d_model) -> (B,S,d_model). With a cache, x follows the ``cache.length`` tokens in it."""
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """x (B,S,d_model) -> (B,S,d_model). With a cache, row b of x follows the ``cache.lengths[b]`` tokens in it."""
         heads = self.Wqkv(x).unflatten(-1, (-1, self.d_head))  # (B,S,H+2Hk,D)
         q, k, v = heads.split([self.n_head, self.n_head_kv, self.n_head_kv], dim=-2)
         if self.q_norm is not None:
             q = self.q_norm(q)
         if self.k_norm is not None:
             k = self.k_norm(k)
+        out = self._attend(q, k, v) if cache is None else self._attend_to_cache(q, k, v, cache)
+        return self.out_proj(out.flatten(-2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B,S,H,D), k and v (B,S,Hk,D) -> (B,S,H,D)."""
         if self.rotary is not None:
-            q, k = self.rotary(q, k, seqlen_offset=0 if cache is None else cache.length)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        # Causal, window and ALiBi are bottom-right aligned, so S new queries against T keys see exactly what
-        # precedes them.
-        out = flash_attn_func(
+            q, k = self.rotary(q, k)
+        return flash_attn_func(
             q,
             k,
             v,
@@ -105,4 +106,35 @@ class CausalSelfAttention(nn.Module):
             softcap=self.softcap,
             alibi_slopes=None if self.alibi is None else self.alibi.slopes(q.device),
         )
-        return self.out_proj(out.flatten(-2))
+
+    def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache) -> Tensor:
+        """The same for tokens that follow those in the cache, to which theirs are added: one call that rotates,
+        appends and attends."""
+        cache.check_keys(k)
+        cos: Tensor | None = None
+        sin: Tensor | None = None
+        if self.rotary is not None:
+            if self.rotary.scale_base is None:
+                cos, sin = self.rotary.tables(cache.max_positions, q.device)
+            else:  # keys have tables of their own, which the call does not know
+                q, k = self.rotary(q, k, seqlen_offset=cache.lengths, max_seqlen=cache.max_positions)
+        # Causal, window and ALiBi are bottom-right aligned, so S new queries against T keys see exactly what
+        # precedes them.
+        out: Tensor = flash_attn_with_kvcache(
+            q,
+            cache.k[self.layer],
+            cache.v[self.layer],
+            k,
+            v,
+            rotary_cos=cos,
+            rotary_sin=sin,
+            cache_seqlens=cache.lengths,
+            block_table=cache.block_table,
+            softmax_scale=self.softmax_scale,
+            causal=True,
+            window_size=self.window_size,
+            softcap=self.softcap,
+            rotary_interleaved=self.rotary is not None and self.rotary.interleaved,
+            alibi_slopes=None if self.alibi is None else self.alibi.slopes(q.device),
+        )
+        return out

@@ -49,15 +49,17 @@ class GPTEmbeddings(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, input_ids: Tensor, offset: int = 0) -> Tensor:
-        """input_ids (B,S), of which the first is at position ``offset`` -> (B,S,d_model)."""
+    def forward(self, input_ids: Tensor, offset: int | Tensor = 0) -> Tensor:
+        """input_ids (B,S), whose first ones are at position ``offset``, or ``offset[b]`` of (B,) -> (B,S,d_model)."""
         x = self.word_embeddings(input_ids)
         if self.project_in is not None:
             x = self.project_in(x)
         if self.scale != 1.0:
             x = x * self.scale
         if self.position_embeddings is not None:
-            offset += self.position_offset
-            positions = torch.arange(offset, offset + input_ids.shape[1], device=input_ids.device)
+            first = offset[:, None] if isinstance(offset, Tensor) else offset
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device) + (
+                first + self.position_offset
+            )
             x = x + self.position_embeddings(positions)
         return self.dropout(x)

@@ -1,4 +1,4 @@
-"""Key/value cache: one contiguous, preallocated buffer per layer."""
+"""Key/value caches: what attention needs of any, and the contiguous one, with a preallocated buffer per layer."""
 
 from __future__ import annotations
 
@@ -8,16 +8,109 @@ from torch import Tensor
 from flash_attn_models.errors import bad_argument
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far: up to ``max_seqlen`` in each of ``batch_size`` sequences.
+class Cache:
+    """Keys and values of the tokens seen so far, for sequences that may have different lengths.
 
-    All layers of one forward pass ``update`` the same positions; the model then calls ``advance`` once. The
-    memory is 2 n_layer B max_seqlen Hk D elements. Meant for inference: gradients do not flow from one pass
-    into the one before.
+    All layers of one forward pass write behind the same ``lengths``; the model then calls ``advance`` once. Meant for
+    inference: there are no gradients.
+
+    Args:
+        k, v: by layer, (B,max_seqlen,Hk,D); or pages (num_pages,page_size,Hk,D), with a block_table.
+        batch_size, max_seqlen: sequences, and how many tokens each has room for at most.
+        block_table: int32 (B,max_pages): position t of sequence b is row ``t % page_size`` of page
+            ``block_table[b, t // page_size]``. What belongs to a page -1 is not kept.
 
     Attributes:
-        length: how many tokens are in the cache, the same for each sequence.
-        k, v: buffers (B,max_seqlen,Hk,D) by layer; positions from ``length`` on hold no data.
+        length: tokens of the longest sequence, or more. A number known to the host, so that room is checked without
+            waiting for the device.
+        lengths: int32 (B,) on the cache's device: tokens of each sequence. Positions from there on hold no data.
+        equal_lengths: whether every sequence has ``length`` tokens.
+    """
+
+    def __init__(
+        self,
+        k: list[Tensor],
+        v: list[Tensor],
+        batch_size: int,
+        max_seqlen: int,
+        block_table: Tensor | None = None,
+    ) -> None:
+        self.k = k
+        self.v = v
+        self.batch_size = batch_size
+        self.max_seqlen = max_seqlen
+        self.block_table = block_table
+        self.length = 0
+        self.equal_lengths = True
+        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=k[0].device)
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that a sequence can have in the buffers: ``max_seqlen``, or that in whole pages."""
+        slots = self.k[0].shape[1]
+        return slots if self.block_table is None else slots * self.block_table.shape[1]
+
+    def check_room(self, batch_size: int, seqlen: int) -> None:
+        """Raise ValueError unless ``seqlen`` more tokens of ``batch_size`` sequences fit."""
+        if batch_size != self.batch_size:
+            raise bad_argument(
+                "cache",
+                f"a cache of {self.batch_size} sequences for a batch of {batch_size}",
+                "equal batch sizes",
+                f"make a cache with batch_size={batch_size}",
+            )
+        if self.length + seqlen > self.max_seqlen:
+            raise bad_argument(
+                "cache",
+                f"{seqlen} more tokens with {self.length} of {self.max_seqlen} positions in use",
+                f"at most {self.max_seqlen - self.length} more tokens",
+                f"make a cache with max_seqlen of at least {self.length + seqlen}, or reset() this one",
+            )
+
+    def check_keys(self, k: Tensor) -> None:
+        """Raise ValueError unless keys k (B,S,Hk,D) may be written: room, dtype, no gradient."""
+        self.check_room(k.shape[0], k.shape[1])
+        if k.dtype != self.k[0].dtype:
+            raise bad_argument(
+                "cache",
+                f"a cache of {self.k[0].dtype} for keys of {k.dtype}",
+                "the dtype that the model computes in (under autocast, autocast's)",
+                f"make a cache with dtype={k.dtype}",
+            )
+        if k.requires_grad and torch.is_grad_enabled():
+            raise bad_argument(
+                "cache",
+                "a cache with gradients enabled",
+                "no gradients: a cache is for inference",
+                "use torch.no_grad() or torch.inference_mode(); to train, leave the cache out",
+            )
+
+    def advance(self, seqlen: int, seqlens: Tensor | None = None) -> None:
+        """Count the ``seqlen`` tokens that all layers have written, of which only the first ``seqlens[b]`` count.
+
+        seqlens: integers (B,) on the cache's device, in [0, seqlen]; not read here. None is ``seqlen`` for all.
+        """
+        self.length += seqlen
+        if seqlens is None:
+            self.lengths += seqlen
+        else:
+            self.lengths += seqlens
+            self.equal_lengths = False
+
+    def reset(self) -> None:
+        """Forget all tokens; the buffers stay."""
+        self.length = 0
+        self.equal_lengths = True
+        self.lengths.zero_()
+
+
+class KVCache(Cache):
+    """A contiguous buffer per layer: up to ``max_seqlen`` tokens in each of ``batch_size`` sequences.
+
+    The memory is 2 n_layer B max_seqlen Hk D elements.
+
+    Attributes, beside those of ``Cache``:
+        k, v: buffers (B,max_seqlen,Hk,D) by layer.
     """
 
     def __init__(
@@ -39,51 +132,25 @@ class KVCache:
                 "sizes of at least 1",
                 "change what is smaller than 1",
             )
-        self.length = 0
-        self.batch_size = batch_size
-        self.max_seqlen = max_seqlen
-        self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
-        self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
-
-    def check_room(self, batch_size: int, seqlen: int) -> None:
-        """Raise ValueError unless ``seqlen`` more tokens of ``batch_size`` sequences fit."""
-        if batch_size != self.batch_size:
-            raise bad_argument(
-                "cache",
-                f"a cache of {self.batch_size} sequences for a batch of {batch_size}",
-                "equal batch sizes",
-                f"make a cache with batch_size={batch_size}",
-            )
-        if self.length + seqlen > self.max_seqlen:
-            raise bad_argument(
-                "cache",
-                f"{seqlen} more tokens with {self.length} of {self.max_seqlen} positions in use",
-                f"at most {self.max_seqlen - self.length} more tokens",
-                f"make a cache with max_seqlen of at least {self.length + seqlen}, or reset() this one",
-            )
+        k = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
+        v = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layer)]
+        super().__init__(k, v, batch_size, max_seqlen)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B,S,Hk,D) after the first ``length`` tokens; return all, (B,length+S,Hk,D).
 
-        ``length`` stays: the other layers of this pass write to the same positions.
+        For layers that do not attend through ``flash_attn_with_kvcache``; sequences must have equal lengths. The
+        length stays: the other layers of this pass write to the same positions.
         """
-        self.check_room(k.shape[0], k.shape[1])
-        if k.dtype != self.k[layer].dtype:
+        self.check_keys(k)
+        if not self.equal_lengths:
             raise bad_argument(
                 "cache",
-                f"a cache of {self.k[layer].dtype} for keys of {k.dtype}",
-                "the dtype that the model computes in (under autocast, autocast's)",
-                f"make a cache with dtype={k.dtype}",
+                "sequences of different lengths",
+                "equal lengths, since keys and values are returned as one block",
+                "attend with flash_attn_with_kvcache and cache_seqlens=cache.lengths",
             )
         end = self.length + k.shape[1]
         self.k[layer][:, self.length : end] = k
         self.v[layer][:, self.length : end] = v
         return self.k[layer][:, :end], self.v[layer][:, :end]
-
-    def advance(self, seqlen: int) -> None:
-        """Count the ``seqlen`` tokens that all layers have written."""
-        self.length += seqlen
-
-    def reset(self) -> None:
-        """Forget all tokens; the buffers stay."""
-        self.length = 0

@@ -1,0 +1,139 @@
+"""When a sequence ends: at an id, or as soon as its text contains a string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flash_attn_models.errors import bad_argument
+from flash_attn_models.gpt.config import GPTConfig
+
+
+class Tokenizer(Protocol):
+    """What stop strings need of a tokenizer, as Hugging Face's have it."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of some ids."""
+
+
+Decode = Callable[[list[int]], str]
+
+
+class Ends:
+    """Which rows have ended. Nothing waits for the device if nothing can end a row.
+
+    Args:
+        eos_ids: ids that end a row.
+        stop: finds stop strings; None is none.
+        batch_size: rows.
+        device: of the tokens.
+    """
+
+    def __init__(
+        self, eos_ids: tuple[int, ...], stop: StopStrings | None, batch_size: int, device: torch.device
+    ) -> None:
+        self.finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self._ids = torch.tensor(eos_ids, dtype=torch.int64, device=device) if eos_ids else None
+        self._stop = stop
+        self._texts: list[list[int]] = [[] for _ in range(batch_size)]
+
+    def all_after(self, tokens: Tensor) -> bool:
+        """Count the next tokens (B,) of all rows; whether every row has ended. Waits once for the device, if ids or
+        strings can end a row at all."""
+        if self._ids is not None:
+            self.finished |= torch.isin(tokens, self._ids)
+        if self._stop is not None:
+            # One transfer for both; padding of a row that has ended must not be read.
+            ids, ended = torch.stack([tokens, self.finished.long()]).tolist()
+            stopped = [
+                bool(end) or self._stop.ends(text, token)
+                for text, token, end in zip(self._texts, ids, ended, strict=True)
+            ]
+            self.finished = torch.tensor(stopped, device=tokens.device)
+            return all(stopped)
+        return self._ids is not None and bool(self.finished.all())
+
+
+class StopStrings:
+    """Finds strings in what was generated. A row's text is decoded from its last tokens alone, as many as the longest
+    string has bytes and a few more: each token stands for at least one byte.
+
+    Args:
+        strings: not empty.
+        decode: the text of token ids.
+    """
+
+    def __init__(self, strings: tuple[str, ...], decode: Decode) -> None:
+        self._strings = strings
+        self._decode = decode
+        # More than the bytes need: tokenizers drop a leading space, and what they skip stands for nothing.
+        self._n_tokens = max(len(string.encode()) for string in strings) + 16
+
+    def ends(self, text: list[int], token: int) -> bool:
+        """Add a token to the ids of a row; whether its text now contains one of the strings."""
+        text.append(token)
+        del text[: -self._n_tokens]
+        decoded = self._decode(text)
+        return any(string in decoded for string in self._strings)
+
+
+def read_eos_ids(config: GPTConfig, eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The given ids, or the config's."""
+    if eos_token_id is None:
+        return config.eos_token_ids
+    ids = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+    for token in ids:
+        _check_token_id("eos_token_id", token, config)
+    return ids
+
+
+def read_pad_id(config: GPTConfig, pad_token_id: int | None, eos_ids: tuple[int, ...]) -> int:
+    """The given id, or the config's, or else the first one that ends a row, or else 0."""
+    if pad_token_id is not None:
+        _check_token_id("pad_token_id", pad_token_id, config)
+        return pad_token_id
+    if config.pad_token_id is not None:
+        return config.pad_token_id
+    return eos_ids[0] if eos_ids else 0
+
+
+def read_stop_strings(
+    stop_strings: str | Sequence[str] | None, tokenizer: Tokenizer | Decode | None
+) -> StopStrings | None:
+    """The two options of ``generate``, checked."""
+    if stop_strings is None:
+        if tokenizer is not None:
+            raise bad_argument(
+                "tokenizer",
+                type(tokenizer).__name__,
+                "to be left out without stop_strings, where it has no effect",
+                "pass stop_strings, or decode the result",
+            )
+        return None
+    strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+    if not strings or not all(isinstance(string, str) and string for string in strings):
+        raise bad_argument(
+            "stop_strings", strings, "one or more strings, none empty", "leave it out for none"
+        )
+    decode = getattr(tokenizer, "decode", tokenizer)
+    if not callable(decode):
+        raise bad_argument(
+            "tokenizer",
+            tokenizer,
+            "an object with decode(ids) -> str, or such a function, with stop_strings",
+            "pass the tokenizer that made input_ids",
+        )
+    return StopStrings(strings, decode)
+
+
+def _check_token_id(name: str, token: int, config: GPTConfig) -> None:
+    if not 0 <= token < config.vocab_size:
+        raise bad_argument(
+            name,
+            token,
+            f"a token id in [0, vocab_size={config.vocab_size})",
+            "use the id that this model's tokenizer has",
+        )

@@ -1,0 +1,155 @@
+"""The ViT encoder: embeddings, pre-norm blocks, last norm, pooling."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from flash_attn_ops.fused_dense import FusedMLP
+from flash_attn_ops.norm import LayerNorm
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flash_attn_models.bert.model import Pooler, initialize
+from flash_attn_models.errors import bad_argument
+from flash_attn_models.vit.attention import ViTAttention
+from flash_attn_models.vit.block import Branch, ViTBlock
+from flash_attn_models.vit.config import ViTConfig
+from flash_attn_models.vit.embeddings import ViTEmbeddings
+
+
+class ViTOutput(NamedTuple):
+    """What the encoder computes.
+
+    Attributes:
+        hidden: (B,S,d_model), the class token first, then the patches, row by row.
+        pooled: (B,d_model), tanh(dense(class token)); None without a pooler.
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None
+
+
+class ViTModel(nn.Module):
+    """ViT's encoder.
+
+    Weights start normal with standard deviation ``config.initializer_range``, positions and class token too; biases
+    zero, norms one.
+
+    Args:
+        config: the architecture.
+        with_pooler: whether there is a pooler over the class token.
+        device, dtype: of the parameters; None is torch's default. On device "meta" nothing is allocated.
+
+    Attributes:
+        activation_checkpointing: if set to True, each layer is computed again in the backward pass instead of
+            keeping what it computed. False after construction.
+
+    Raises:
+        ValueError: a pooler without a class token, or with a norm after pooling.
+    """
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        *,
+        with_pooler: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if with_pooler and (not config.class_token or config.norms_features):
+            raise bad_argument(
+                "with_pooler",
+                f"True with class_token={config.class_token} and the last norm "
+                f"{'after' if config.norms_features else 'before'} pooling",
+                "a normalised class token",
+                "leave the pooler out, and use features(images)",
+            )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.config = config
+        self.activation_checkpointing = False
+        self.embeddings = ViTEmbeddings(config, **factory)
+        self.layers = nn.ModuleList(_block(config, layer, factory) for layer in range(config.n_layer))
+        self.norm = LayerNorm(config.d_model, eps=config.norm_eps, **factory)
+        self.pooler = Pooler(config.d_model, **factory) if with_pooler else None
+        self.reset_parameters()
+
+    def forward(self, images: Tensor, *, interpolate_positions: bool = False) -> ViTOutput:
+        """Hidden states of all tokens.
+
+        Args:
+            images: (B,C,height,width), normalised, in the model's dtype (under autocast, any floating-point dtype).
+            interpolate_positions: take images of any size in whole patches, with positions by bicubic interpolation.
+
+        Returns:
+            hidden (B,S,d_model): after the last norm, or before it where that belongs to the features
+            (``config.norm_after_pooling``); and pooled (B,d_model).
+
+        Raises:
+            ValueError: images of the wrong shape, dtype or device.
+        """
+        branch = self._encode(images, interpolate_positions)
+        branch = self._run(self.layers[-1], branch)
+        hidden = branch.sum() if self.config.norms_features else self._normed(branch)
+        return ViTOutput(hidden, None if self.pooler is None else self.pooler(hidden[:, 0]))
+
+    def features(self, images: Tensor, *, interpolate_positions: bool = False) -> Tensor:
+        """One vector for each image: (B,d_model), what the classification head takes.
+
+        If the class token is what is pooled, the last layer computes nothing but keys and values for the others.
+        Arguments and errors are those of ``forward``.
+        """
+        branch = self._encode(images, interpolate_positions)
+        if self.config.pooling == "token":
+            last = self.layers[-1]
+            assert isinstance(last, ViTBlock)
+            return self._normed(self._run(last.forward_first, branch))[:, 0]
+        branch = self._run(self.layers[-1], branch)
+        if not self.config.norms_features:
+            return self._normed(branch)[:, self.config.n_prefix :].mean(dim=1)
+        return self.norm(branch.sum()[:, self.config.n_prefix :].mean(dim=1)).to(branch.x.dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new initial weights from torch's global random generator."""
+        initialize(self, self.config.initializer_range)
+        self.embeddings.reset_parameters()
+
+    def num_parameters(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _encode(self, images: Tensor, interpolate: bool) -> Branch:
+        """All layers but the last."""
+        x = self.embeddings(images, interpolate)
+        branch = Branch(x, dropout=self.config.embedding_dropout_p if self.training else 0.0)
+        for layer in self.layers[:-1]:
+            branch = self._run(layer, branch)
+        return branch
+
+    def _run(self, layer: Any, branch: Branch) -> Branch:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, branch, use_reentrant=False)
+        return layer(branch)
+
+    def _normed(self, branch: Branch) -> Tensor:
+        return branch.norm(self.norm, self.config.residual_in_fp32)[0]
+
+
+def _block(config: ViTConfig, layer: int, factory: dict[str, Any]) -> ViTBlock:
+    def norm() -> LayerNorm:
+        return LayerNorm(config.d_model, eps=config.norm_eps, **factory)
+
+    mixer = ViTAttention(
+        config.d_model, config.n_head, qkv_bias=config.qkv_bias, dropout=config.attn_dropout, **factory
+    )
+    return ViTBlock(
+        norm(),
+        mixer,
+        norm(),
+        FusedMLP(config.d_model, config.inner_dim, activation=config.activation, **factory),
+        dropout=config.dropout,
+        drop_path=config.drop_path_of(layer),
+        residual_in_fp32=config.residual_in_fp32,
+    )
