@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flash_attn_models.errors import bad_argument, did_you_mean
+from flash_attn_models.typed_config import config_of, is_int, is_number, preset_of
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
@@ -83,13 +84,13 @@ class BertConfig:
             )
         for name in ("dropout", "attn_dropout"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0.0 <= value < 1.0:
+            if not is_number(value) or not 0.0 <= value < 1.0:
                 raise self._reject(
                     name, "a probability in [0, 1)", f"give {name} as the share that is dropped, such as 0.1"
                 )
         for name in ("norm_eps", "initializer_range"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0.0 < value < math.inf:
+            if not is_number(value) or not 0.0 < value < math.inf:
                 raise self._reject(name, "a positive, finite number", f"change {name}")
         self._check_token_ids()
 
@@ -98,7 +99,7 @@ class BertConfig:
 
     def _check_size(self, name: str) -> None:
         value = getattr(self, name)
-        if not _is_int(value) or value <= 0:
+        if not is_int(value) or value <= 0:
             raise self._reject(name, "a positive integer", f"give {name} as a whole number of at least 1")
 
     def _check_token_ids(self) -> None:
@@ -109,7 +110,7 @@ class BertConfig:
             value = getattr(self, name)
             several = name == "eos_token_id" and isinstance(value, tuple)
             ids = value if several else () if value is None else (value,)
-            if not all(_is_int(token) and 0 <= token < self.vocab_size for token in ids):
+            if not all(is_int(token) and 0 <= token < self.vocab_size for token in ids):
                 raise self._reject(
                     name,
                     f"a token id in [0, vocab_size={self.vocab_size}), or None",
@@ -126,25 +127,7 @@ class BertConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> BertConfig:
         """The config with these fields. Unknown and missing names are refused, with the nearest valid one."""
-        valid = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in valid:
-                raise bad_argument(
-                    "BertConfig",
-                    f"unknown field {name!r}{did_you_mean(name, valid)}",
-                    f"only the fields {', '.join(valid)}",
-                    f"correct or remove {name!r}",
-                )
-        required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
-        missing = [name for name in required if name not in fields]
-        if missing:
-            raise bad_argument(
-                "BertConfig",
-                f"no {', '.join(missing)}",
-                f"at least the fields {', '.join(required)}",
-                "add what is missing",
-            )
-        return cls(**fields)
+        return config_of(cls, fields)
 
     @classmethod
     def bert(cls, size: str = "base", **changes: Any) -> BertConfig:
@@ -154,26 +137,11 @@ class BertConfig:
         Changing vocab_size also drops pad_token_id, which belongs to the original vocabulary.
         Sources: arXiv:1810.04805 (base, large), Turc et al. 2019, arXiv:1908.08962 (the smaller ones).
         """
-        if size not in _SIZES:
-            raise bad_argument(
-                "size",
-                repr(size),
-                f"one of {', '.join(map(repr, _SIZES))}{did_you_mean(size, _SIZES)}",
-                "choose one of these",
-            )
-        n_layer, n_head, d_model = _SIZES[size]
+        n_layer, n_head, d_model = preset_of(_SIZES, size)
         preset: dict[str, Any] = {"vocab_size": 30522, "max_seqlen": 512, "pad_token_id": 0}
         if "vocab_size" in changes:
             del preset["pad_token_id"]
         return cls.from_dict({**preset, "n_layer": n_layer, "n_head": n_head, "d_model": d_model, **changes})
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 # n_layer, n_head, d_model

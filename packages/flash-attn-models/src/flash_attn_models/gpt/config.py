@@ -11,6 +11,7 @@ from typing import Any
 from flash_attn_models.errors import bad_argument, did_you_mean
 from flash_attn_models.gpt import presets
 from flash_attn_models.gpt.rotary_scaling import RotaryScaling
+from flash_attn_models.typed_config import config_of, is_int, is_number, preset_of
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "swiglu")
 NORMS = ("layer_norm", "rms_norm")
@@ -199,7 +200,7 @@ class GPTConfig:
 
     def _check_size(self, name: str) -> None:
         value = getattr(self, name)
-        if not _is_int(value) or value <= 0:
+        if not is_int(value) or value <= 0:
             raise self._reject(name, "a positive integer", f"give {name} as a whole number of at least 1")
 
     def _check_choice(self, name: str, valid: tuple[str, ...]) -> None:
@@ -249,7 +250,7 @@ class GPTConfig:
         """Refuse options that would change nothing, or contradict another."""
         for name in ("position_offset", "window_first_layer"):
             value = getattr(self, name)
-            if not _is_int(value) or value < 0:
+            if not is_int(value) or value < 0:
                 raise self._reject(name, "an integer of at least 0", f"give {name} as a whole number")
         rotary = (
             "position='rotary'",
@@ -297,14 +298,14 @@ class GPTConfig:
 
     def _check_probability(self, name: str) -> None:
         value = getattr(self, name)
-        if not _is_number(value) or not 0.0 <= value < 1.0:
+        if not is_number(value) or not 0.0 <= value < 1.0:
             raise self._reject(
                 name, "a probability in [0, 1)", f"give {name} as the share that is dropped, such as 0.1"
             )
 
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)
-        if not _is_number(value) or not 0.0 < value < math.inf:
+        if not is_number(value) or not 0.0 < value < math.inf:
             raise self._reject(name, "a positive, finite number", f"change {name}")
 
     def _check_token_ids(self) -> None:
@@ -314,7 +315,7 @@ class GPTConfig:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             ids = self.eos_token_ids if name == "eos_token_id" else () if value is None else (value,)
-            if not all(_is_int(token) and 0 <= token < self.vocab_size for token in ids):
+            if not all(is_int(token) and 0 <= token < self.vocab_size for token in ids):
                 raise self._reject(
                     name,
                     f"a token id in [0, vocab_size={self.vocab_size}), or None",
@@ -333,17 +334,7 @@ class GPTConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> GPTConfig:
         """The config with these fields. Unknown and missing names are refused, with the nearest valid one."""
-        _check_field_names(fields)
-        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-        missing = [name for name in required if name not in fields]
-        if missing:
-            raise bad_argument(
-                "GPTConfig",
-                f"no {', '.join(missing)}",
-                f"at least the fields {', '.join(required)}",
-                "add what is missing",
-            )
-        return cls(**fields)
+        return config_of(cls, fields)
 
     @classmethod
     def gpt2(cls, size: str = "small", **changes: Any) -> GPTConfig:
@@ -369,37 +360,10 @@ class GPTConfig:
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_field_names(fields: Mapping[str, Any]) -> None:
-    valid = [f.name for f in dataclasses.fields(GPTConfig)]
-    for name in fields:
-        if name not in valid:
-            raise bad_argument(
-                "GPTConfig",
-                f"unknown field {name!r}{did_you_mean(name, valid)}",
-                f"only the fields {', '.join(valid)}",
-                f"correct or remove {name!r}",
-            )
-
-
 def _from_preset(
     sizes: Mapping[str, Mapping[str, Any]], size: str, common: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> GPTConfig:
-    if size not in sizes:
-        raise bad_argument(
-            "size",
-            repr(size),
-            f"one of {', '.join(map(repr, sizes))}{did_you_mean(size, sizes)}",
-            "choose one of these",
-        )
-    preset = {**common, **sizes[size]}
+    preset = {**common, **preset_of(sizes, size)}
     if "vocab_size" in changes:  # another vocabulary has other special tokens
         preset = {
             name: value for name, value in preset.items() if name not in ("bos_token_id", "eos_token_id")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flash_attn_models.errors import bad_argument, did_you_mean
+from flash_attn_models.typed_config import config_of, is_int, is_number, preset_of
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 POOLINGS = ("token", "avg")
@@ -132,7 +133,7 @@ class ViTConfig:
             self._check_size(name)
         if self.d_inner is not None:
             self._check_size("d_inner")
-        if not _is_int(self.n_classes) or self.n_classes < 0:
+        if not is_int(self.n_classes) or self.n_classes < 0:
             raise self._reject("n_classes", "an integer of at least 0", "give the number of classes")
         self._check_images()
         if self.d_model % self.n_head != 0:
@@ -158,14 +159,14 @@ class ViTConfig:
 
     def _check_size(self, name: str) -> None:
         value = getattr(self, name)
-        if not _is_int(value) or value <= 0:
+        if not is_int(value) or value <= 0:
             raise self._reject(name, "a positive integer", f"give {name} as a whole number of at least 1")
 
     def _check_images(self) -> None:
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
-            if len(pair) != 2 or not all(_is_int(size) and size > 0 for size in pair):
+            if len(pair) != 2 or not all(is_int(size) and size > 0 for size in pair):
                 raise self._reject(
                     name, "a positive integer, or (height, width)", f"give {name} in whole pixels"
                 )
@@ -184,13 +185,13 @@ class ViTConfig:
             value = getattr(self, name)
             if name == "embedding_dropout" and value is None:
                 continue
-            if not _is_number(value) or not 0.0 <= value < 1.0:
+            if not is_number(value) or not 0.0 <= value < 1.0:
                 raise self._reject(
                     name, "a probability in [0, 1)", f"give {name} as the share that is dropped, such as 0.1"
                 )
         for name in ("norm_eps", "initializer_range"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0.0 < value < math.inf:
+            if not is_number(value) or not 0.0 < value < math.inf:
                 raise self._reject(name, "a positive, finite number", f"change {name}")
 
     def _check_class_names(self) -> None:
@@ -218,25 +219,7 @@ class ViTConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ViTConfig:
         """The config with these fields. Unknown and missing names are refused, with the nearest valid one."""
-        valid = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in valid:
-                raise bad_argument(
-                    "ViTConfig",
-                    f"unknown field {name!r}{did_you_mean(name, valid)}",
-                    f"only the fields {', '.join(valid)}",
-                    f"correct or remove {name!r}",
-                )
-        required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
-        missing = [name for name in required if name not in fields]
-        if missing:
-            raise bad_argument(
-                "ViTConfig",
-                f"no {', '.join(missing)}",
-                f"at least the fields {', '.join(required)}",
-                "add what is missing",
-            )
-        return cls(**fields)
+        return config_of(cls, fields)
 
     @classmethod
     def vit(
@@ -247,28 +230,13 @@ class ViTConfig:
         Patches are usually 16 or 32 pixels wide, images 224 or 384.
         Sources: arXiv:2010.11929 (base, large), Touvron et al. 2020, arXiv:2012.12877 (tiny, small).
         """
-        if size not in _SIZES:
-            raise bad_argument(
-                "size",
-                repr(size),
-                f"one of {', '.join(map(repr, _SIZES))}{did_you_mean(size, _SIZES)}",
-                "choose one of these",
-            )
-        n_layer, n_head, d_model = _SIZES[size]
+        n_layer, n_head, d_model = preset_of(_SIZES, size)
         images = {"patch_size": patch_size, "image_size": image_size}
         return cls.from_dict({**images, "n_layer": n_layer, "n_head": n_head, "d_model": d_model, **changes})
 
 
 def _pair(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 # n_layer, n_head, d_model
