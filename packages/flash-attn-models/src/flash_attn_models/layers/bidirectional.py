@@ -83,15 +83,20 @@ class BidirectionalSelfAttention(nn.Module):
         Returns:
             (R,d_model).
         """
-        sizes = (self.n_head * self.d_head, 2 * self.n_head * self.d_head)
-        weight_q, weight_kv = self.Wqkv.weight.split(sizes)
-        bias_q, bias_kv = (None, None) if self.Wqkv.bias is None else self.Wqkv.bias.split(sizes)
-        q = F.linear(x.index_select(0, rows), weight_q, bias_q).unflatten(-1, (self.n_head, self.d_head))
-        k, v = F.linear(x, weight_kv, bias_kv).unflatten(-1, (2, self.n_head, self.d_head)).unbind(-3)
+        q, k, v = self._project_apart(x.index_select(0, rows), x)
         out = flash_attn_varlen_func(
             q, k, v, cu_rows, cu_seqlens, max_seqlen, max_seqlen, dropout_p=self._dropout_p
         )
         return self.out_proj(out.flatten(-2))
+
+    def _project_apart(self, asking: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the tokens ``asking``, keys and values of those of x, each (..., H, D)."""
+        sizes = (self.n_head * self.d_head, 2 * self.n_head * self.d_head)
+        weight_q, weight_kv = self.Wqkv.weight.split(sizes)
+        bias_q, bias_kv = (None, None) if self.Wqkv.bias is None else self.Wqkv.bias.split(sizes)
+        q = F.linear(asking, weight_q, bias_q).unflatten(-1, (self.n_head, self.d_head))
+        k, v = F.linear(x, weight_kv, bias_kv).unflatten(-1, (2, self.n_head, self.d_head)).unbind(-3)
+        return q, k, v
 
     @property
     def _dropout_p(self) -> float:

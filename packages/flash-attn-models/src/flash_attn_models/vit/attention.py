@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from flash_attn_ops.attention import flash_attn_func
 from torch import Tensor
-from torch.nn import functional as F
 
 from flash_attn_models.layers.bidirectional import BidirectionalSelfAttention
 
@@ -36,10 +35,6 @@ class ViTAttention(BidirectionalSelfAttention):
 
         x (B,S,d_model) -> (B,1,d_model).
         """
-        width = self.n_head * self.d_head
-        weight_q, weight_kv = self.Wqkv.weight.split((width, 2 * width))
-        bias_q, bias_kv = (None, None) if self.Wqkv.bias is None else self.Wqkv.bias.split((width, 2 * width))
-        q = F.linear(x[:, :1], weight_q, bias_q).unflatten(-1, (self.n_head, self.d_head))
-        k, v = F.linear(x, weight_kv, bias_kv).unflatten(-1, (2, self.n_head, self.d_head)).unbind(-3)
-        out = flash_attn_func(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        q, k, v = self._project_apart(x[:, :1], x)
+        out = flash_attn_func(q, k, v, dropout_p=self._dropout_p)
         return self.out_proj(out.flatten(-2))
