@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -143,7 +144,7 @@ def check_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             )
 
 
-class _ParallelLinear(nn.Module):
+class _ParallelLinear(nn.Module, ABC):
     """A linear layer of which this rank holds a part."""
 
     weight: nn.Parameter
@@ -163,9 +164,9 @@ class _ParallelLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.sequence_parallel = sequence_parallel
 
+    @abstractmethod
     def partitions(self) -> dict[str, tuple[Partition, int]]:
         """How parameters are cut: name, partition, dimension. All ranks hold the others alike."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
