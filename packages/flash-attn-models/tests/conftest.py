@@ -6,7 +6,10 @@ import math
 
 import pytest
 import torch
+from flash_attn_models.bert import BertConfig
 from flash_attn_models.gpt import GPTConfig
+from flash_attn_models.gpt.families import named_config
+from flash_attn_models.vit import ViTConfig
 from torch.nn import functional as F
 
 # One per architecture option, with sizes that are neither equal to one another nor powers of two.
@@ -202,3 +205,66 @@ def hf_model(request: pytest.FixtureRequest):
 @pytest.fixture
 def make_hf_model():
     return _hugging_face_model
+
+
+# Tiny models of every family, for tests of how they are spread over ranks.
+
+
+def _tiny_decoder(name: str, ranks: int) -> GPTConfig:
+    """A published size with the same structure but few, odd and uneven sizes, which so many ranks can share."""
+    published = named_config(name)
+    n_head, n_head_kv = 6, 6
+    if published.num_heads_kv == 1:
+        n_head_kv = 1
+    elif published.num_heads_kv < published.n_head:  # 2 + 1 on two ranks, and one on two of four
+        n_head_kv = {4: 2}.get(ranks, 3)
+    changes: dict = {
+        "vocab_size": 61,
+        "max_seqlen": 48,
+        "n_layer": 2,
+        "n_head": n_head,
+        "n_head_kv": n_head_kv,
+        "d_head": 8,
+        "d_model": 36,
+        "d_inner": 42,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if published.rotary_dim is not None:
+        changes["rotary_dim"] = 4
+    if published.d_embedding is not None:
+        changes["d_embedding"] = 20
+    if published.window is not None:
+        changes |= {"window": 5, "window_first_layer": min(published.window_first_layer, 1)}
+    changes |= dict.fromkeys(("dropout", "attn_dropout"), 0.0)
+    if published.embedding_dropout is not None:
+        changes["embedding_dropout"] = 0.0
+    return named_config(name, **changes)
+
+
+def _tiny_bert(**changes) -> BertConfig:
+    sizes = {"vocab_size": 53, "max_seqlen": 24, "n_layer": 2, "n_head": 5, "d_model": 40, "d_inner": 30}
+    no_dropout = {"dropout": 0.0, "attn_dropout": 0.0}
+    return BertConfig(**{**sizes, **no_dropout, "initializer_range": 0.2, "pad_token_id": 0, **changes})
+
+
+def _tiny_vit(**changes) -> ViTConfig:
+    sizes = {"image_size": 12, "patch_size": 4, "n_layer": 2, "n_head": 5, "d_model": 40, "d_inner": 30}
+    return ViTConfig(**{**sizes, "n_classes": 7, "initializer_range": 0.2, **changes})
+
+
+@pytest.fixture
+def tiny_decoder():
+    return _tiny_decoder
+
+
+@pytest.fixture
+def tiny_bert():
+    return _tiny_bert
+
+
+@pytest.fixture
+def tiny_vit():
+    return _tiny_vit

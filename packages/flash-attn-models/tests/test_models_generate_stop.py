@@ -9,7 +9,9 @@ import pytest
 import torch
 from flash_attn_models.generation import generate, stream_tokens
 from flash_attn_models.generation.choice import Choice
-from flash_attn_models.generation.ends import Ends, StopStrings
+from flash_attn_models.generation.end_watch import EndWatch
+from flash_attn_models.generation.ends import StopStrings
+from flash_attn_models.generation.step import DecodingState, StepOptions, take_tokens
 from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel
 from flash_attn_models.gpt.hugging_face import (
     config_from_hugging_face,
@@ -169,10 +171,14 @@ class HostReads(TorchDispatchMode):
     ids=["greedy", "drawn"],
 )
 def test_the_host_reads_only_whether_rows_have_ended(options):
-    choose = Choice(repetition_penalty=1.3, **options)
-    logits, seen = torch.randn(3, 50), torch.zeros(3, 50, dtype=torch.bool)
+    logits = torch.randn(3, 50)
     for eos_ids, reads in (((), 0), ((3, 4), 1)):
-        ends = Ends(eos_ids, None, 3, torch.device("cpu"))
+        step = StepOptions(Choice(repetition_penalty=1.3, **options), eos_ids)
+        state = DecodingState(3, 50, step, "cpu")
+        watch = EndWatch(state, step, None, lag=0)
         with HostReads() as host:
-            ends.all_after(choose(logits, seen).masked_fill(ends.finished, 0))
+            take_tokens(logits, state, step)
+            assert host.count == 0
+            watch.note(0)
+            watch.all_ended(0)
         assert host.count == reads

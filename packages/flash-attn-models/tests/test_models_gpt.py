@@ -159,9 +159,9 @@ def test_dropout_acts_in_training_only(field):
 
 def test_embedding_dropout_defaults_to_dropout_and_can_differ():
     both = GPTLMHeadModel(dataclasses.replace(SMALL, dropout=0.3)).transformer
-    assert (both.embeddings.dropout.p, both.layers[0].dropout.p) == (0.3, 0.3)
+    assert (both.embeddings.dropout.p, both.layers[0].norm2.dropout_p) == (0.3, 0.3)
     only_residual = GPTLMHeadModel(dataclasses.replace(SMALL, dropout=0.3, embedding_dropout=0.0)).transformer
-    assert (only_residual.embeddings.dropout.p, only_residual.layers[0].dropout.p) == (0.0, 0.3)
+    assert (only_residual.embeddings.dropout.p, only_residual.ln_f.dropout_p) == (0.0, 0.3)
 
 
 def test_initial_weights():

@@ -211,8 +211,8 @@ def test_token_ids_outside_the_vocabulary_become_none():
             r"config field 'rope_scaling'.*unknown field 'facto' \(did you mean 'factor'",
         ),
         (
-            {**LLAMA, "rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
-            r"config field 'rope_parameters'.*one of 'linear', 'dynamic', 'yarn', 'llama3', not 'longrope'",
+            {**LLAMA, "rope_parameters": {"rope_type": "axial", "factor": 2.0}},
+            r"config field 'rope_parameters'.*one of 'linear', 'dynamic', 'yarn', 'llama3', 'longrope', not 'axial'",
         ),
         (
             {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from flash_attn_models import attention, loss
 from flash_attn_models.gpt import GPTConfig
+from flash_attn_models.gpt.families import FAMILIES
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -31,8 +32,19 @@ def test_importing_loads_nothing_heavy():
         "timm",
         "torchvision",
         "sentencepiece",
+        "triton",
     ]
-    code = f"import flash_attn_models, sys; print([name for name in {heavy} if name in sys.modules])"
+    parts = [
+        "",
+        ".gpt.families",
+        ".gpt.megatron",
+        ".gpt.meta_llama",
+        ".bert",
+        ".vit",
+        ".transformers_integration",
+    ]
+    imports = ", ".join(f"flash_attn_models{part}" for part in parts)
+    code = f"import {imports}, sys; print([name for name in {heavy} if name in sys.modules])"
     result = run_python("-c", code)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
@@ -42,6 +54,8 @@ def test_self_test_passes():
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"flash-attn-models {flash_attn_models.__version__}" in result.stdout
     assert "attention path" in result.stdout
+    for name in (*FAMILIES, "bert", "vit"):
+        assert f"{name}: survives saving: ok" in result.stdout
     assert "FAILED" not in result.stdout
 
 

@@ -37,4 +37,5 @@ def attention_path(
         window_size=(-1 if window is None else window - 1, -1),
         softcap=0.0 if config.softcap is None else config.softcap,
         alibi_slopes=torch.empty(config.n_head, device=device) if config.position == "alibi" else None,
+        learnable_sink=torch.empty(config.n_head, device=device, dtype=dtype) if config.sinks else None,
     )

@@ -91,7 +91,7 @@ class Checkpoint:
         try:
             return self._file_of[name].read(name)
         except Exception as error:
-            raise _unreadable(self.tensors[name].file, error) from error
+            raise unreadable(self.tensors[name].file, error) from error
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -101,7 +101,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     for name in (SAFETENSORS, BIN):
         if (folder / name).exists():
-            return Checkpoint([_open_file(folder / name)])
+            return Checkpoint([open_weight_file(folder / name)])
         index = folder / f"{name}.index.json"
         if index.exists():
             return Checkpoint(_open_shards(index))
@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if not isinstance(content, dict):
         raise bad_argument(
             str(path), f"a JSON {type(content).__name__}", "a JSON object", "download the file again"
@@ -161,7 +161,7 @@ def _open_shards(index: Path) -> list[WeightFile]:
             raise bad_argument(
                 str(index), f"no file {file_name}", "every shard that it lists", f"download {file_name}"
             )
-        file = _open_file(path)
+        file = open_weight_file(path)
         listed = {name for name, its_file in weight_map.items() if its_file == file_name}
         if listed != set(file.tensors):
             odd = sorted(listed ^ set(file.tensors))
@@ -175,14 +175,16 @@ def _open_shards(index: Path) -> list[WeightFile]:
     return files
 
 
-def _open_file(path: Path) -> WeightFile:
+def open_weight_file(path: Path) -> WeightFile:
+    """Open one file. Raises ValueError naming it if it cannot be read."""
     try:
         return SafetensorsFile(path) if path.suffix == ".safetensors" else BinFile(path)
     except Exception as error:  # each format, and each way to damage it, has exceptions of its own
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
+def unreadable(path: Path, error: Exception) -> ValueError:
+    """The error for a file that cannot be read."""
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return bad_argument(
         str(path), f"a file that cannot be read ({reason})", "a complete, undamaged file", "download it again"

@@ -1,4 +1,5 @@
-"""Models in Hugging Face folders: load decoders, BERT and ViT, and save them so that transformers loads them."""
+"""Models by name or in folders of Hugging Face, Meta or Megatron-LM: load decoders, BERT and ViT; and save them so that
+transformers loads them."""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from flash_attn_ops.distributed import GroupLike
+from torch import Tensor
 
 from flash_attn_models.bert import BertForMaskedLM, BertForPreTraining, BertModel
 from flash_attn_models.bert import hugging_face as bert_hugging_face
-from flash_attn_models.checkpoint_files import Checkpoint, open_checkpoint, read_json, write_safetensors
+from flash_attn_models.checkpoint_files import TensorInfo, open_checkpoint, read_json, write_safetensors
 from flash_attn_models.errors import bad_argument, did_you_mean
 from flash_attn_models.gpt.hugging_face import (
     MODEL_TYPES,
@@ -24,19 +27,80 @@ from flash_attn_models.gpt.hugging_face import (
     hugging_face_layout,
     to_hugging_face,
 )
+from flash_attn_models.gpt.megatron import is_megatron, open_megatron
+from flash_attn_models.gpt.meta_llama import is_meta_llama, open_meta_llama
 from flash_attn_models.gpt.model import GPTLMHeadModel
+from flash_attn_models.hub import find_folder
+from flash_attn_models.tensor_parallel.spread import on_first_rank, spread_model
+from flash_attn_models.tensor_parallel.state_dict import gather_state_dict, local_parts
 from flash_attn_models.vit import hugging_face as vit_hugging_face
 
 _BERT_MODELS = (BertModel, BertForMaskedLM, BertForPreTraining)
 _MAX_NAMES_IN_MESSAGE = 8
 
 
-def load_pretrained(
-    folder: str | os.PathLike[str], device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> Any:
-    """The model in a local Hugging Face folder, in evaluation mode.
+class Checkpoint(Protocol):
+    """Tensors of which name, shape and dtype are known before they are read."""
 
-    It is a ``GPTLMHeadModel``; of type "bert" it is a ``BertModel``, ``BertForMaskedLM`` or
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def from_pretrained(
+    name_or_folder: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    process_group: GroupLike = None,
+    sequence_parallel: bool = False,
+) -> Any:
+    """The model of this name, or in this folder, in evaluation mode.
+
+    A name is a size of a family ("llama-3.2-1b"), or a repository of the Hugging Face hub ("openai-community/gpt2"),
+    which is downloaded into huggingface_hub's cache unless it is there: safetensors, and .bin files only where there
+    are no safetensors. The environment variables HF_HOME, HF_TOKEN and HF_HUB_OFFLINE do what they do elsewhere.
+
+    Args:
+        name_or_folder: the name, or a folder as of ``load_pretrained``; a folder of this name comes first.
+        device, dtype: see ``load_pretrained``.
+        revision: branch, tag or commit of the repository.
+        token: for repositories that need one; None is that of ``hf auth login``.
+        cache_dir: where downloads are kept.
+        local_files_only: take what is cached, and don't connect.
+        process_group, sequence_parallel: see ``load_pretrained``. Each rank downloads unless files are there.
+
+    Raises:
+        ValueError: as ``load_pretrained``; a name that is neither, a repository or revision that does not exist.
+        OSError: a repository that one must ask for; no connection, or nothing cached.
+    """
+    folder = find_folder(
+        name_or_folder,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    return load_pretrained(
+        folder, device, dtype, process_group=process_group, sequence_parallel=sequence_parallel
+    )
+
+
+def load_pretrained(
+    folder: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    process_group: GroupLike = None,
+    sequence_parallel: bool = False,
+) -> Any:
+    """The model in a local folder, in evaluation mode.
+
+    It is a ``GPTLMHeadModel``; in a Hugging Face folder of type "bert" it is a ``BertModel``, ``BertForMaskedLM`` or
     ``BertForPreTraining``, with the heads and the pooler that the files have weights of; of type "vit" likewise a
     ``ViTModel`` or ``ViTForImageClassification``.
 
@@ -45,37 +109,34 @@ def load_pretrained(
     mapped), and there is no half-loaded model after an error.
 
     Args:
-        folder: holds ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, or their shards with
-            an index.
+        folder: of Hugging Face, with ``config.json`` and ``model.safetensors`` or ``pytorch_model.bin``, or their
+            shards with an index; Meta's own of a LLaMA, with ``params.json`` and ``consolidated.NN.pth``; or of a GPT
+            of Megatron-LM, with ``mp_rank_XX/model_optim_rng.pt`` or the folders of its iterations. Parts of
+            model-parallel ranks are joined, a tensor at a time.
         device: of the model; None is torch's default device.
         dtype: of the model; None is the one that the weights are stored in.
+        process_group, sequence_parallel: the ranks over which the model is spread, as of its class. Each keeps its part
+            of each tensor.
 
     Raises:
         ValueError: a missing, damaged or incomplete file; a config that asks for what this model does not
             have; missing, unexpected or wrongly shaped tensors, by name with the closest match. Buffers of
             older checkpoints that hold no weights (attention masks, rotary frequencies) are no error.
     """
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise bad_argument(
-            "folder",
-            str(folder),
-            "a local folder with config.json and weights",
-            "download the model, as with huggingface_hub.snapshot_download(name), and give its folder",
-        )
-    fields = read_json(path / "config.json")
-    checkpoint = open_checkpoint(path)
-    model, layout = _empty_model(fields, checkpoint)
+    model, layout, checkpoint = _open(Path(folder))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored_as = _check_names(checkpoint, layout, folder)
     _check_tensors(checkpoint, layout, stored_as, shapes, folder)
     _check_tied_head(checkpoint, layout, stored_as, folder)
+    if process_group is not None or sequence_parallel:
+        model = spread_model(model, process_group, sequence_parallel)
     device = torch.get_default_device() if device is None else device
     dtype = _stored_dtype(checkpoint, stored_as.values(), folder) if dtype is None else dtype
 
-    weights = {}
+    weights, part_of = {}, local_parts(model)
     for entry in layout.entries:
         joined = entry.join([checkpoint.read(stored_as[name]) for name in entry.theirs])
+        joined = part_of(entry.ours, joined)
         weights[entry.ours] = joined.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     model.load_state_dict(weights, assign=True)
     return model.eval()
@@ -89,7 +150,8 @@ def save_pretrained(
 ) -> None:
     """Write a Hugging Face folder, which transformers and ``load_pretrained`` load with the same weights.
 
-    The folder appears complete or not at all: it is written beside its place and then renamed.
+    The folder appears complete or not at all: it is written beside its place and then renamed. If the model is spread
+    over ranks, all of them must call this; the first one gathers the weights and writes.
 
     Args:
         folder: must not exist yet, or be empty.
@@ -113,10 +175,21 @@ def save_pretrained(
         )
     fields, layout = _description(model)
     fields["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    place = Path(folder).resolve()
+    state_dict = gather_state_dict(model) if model.parallel.is_parallel else model.state_dict()
+    on_first_rank(
+        model.parallel,
+        lambda: _write_folder(
+            Path(folder).resolve(), fields, to_hugging_face(state_dict or {}, layout), max_shard_bytes
+        ),
+    )
+
+
+def _write_folder(
+    place: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], max_shard_bytes: int
+) -> None:
     partial = _make_partial_folder(place)
     try:
-        write_safetensors(partial, to_hugging_face(model.state_dict(), layout), max_shard_bytes)
+        write_safetensors(partial, tensors, max_shard_bytes)
         (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         if place.exists():
             place.rmdir()  # empty: checked before, and an error if somebody has filled it since
@@ -124,6 +197,25 @@ def save_pretrained(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _open(folder: Path) -> tuple[Any, Layout, Checkpoint]:
+    """The model of a folder, without memory, and the layout and the files of its weights."""
+    if (folder / "config.json").is_file():
+        fields = read_json(folder / "config.json")
+        checkpoint = open_checkpoint(folder)
+        return *_empty_model(fields, checkpoint), checkpoint
+    for is_here, open_folder in ((is_meta_llama, open_meta_llama), (is_megatron, open_megatron)):
+        if folder.is_dir() and is_here(folder):
+            config, layout, parallel = open_folder(folder)
+            return GPTLMHeadModel(config, device="meta"), layout, parallel
+    raise bad_argument(
+        "folder",
+        str(folder),
+        "a local folder with config.json and weights",
+        "give the folder of a model, or its name to from_pretrained, which downloads it, as "
+        "huggingface_hub.snapshot_download(name) does",
+    )
 
 
 def _empty_model(fields: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Any, Layout]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from flash_attn_ops.activations import activate
 from flash_attn_ops.cross_entropy import cross_entropy
+from flash_attn_ops.distributed import GroupLike, Partition
 from flash_attn_ops.linear_cross_entropy import linear_cross_entropy
 from flash_attn_ops.norm import LayerNorm
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from flash_attn_models.bert.config import BertConfig
 from flash_attn_models.bert.model import BertModel, initialize
 from flash_attn_models.bert.tokens import check_like_input
 from flash_attn_models.errors import bad_argument
+from flash_attn_models.tensor_parallel.plan import SINGLE_PROCESS, TensorParallel
 
 IGNORED_LABEL = -100
 
@@ -25,7 +27,7 @@ class BertMaskedLMOutput(NamedTuple):
 
     Attributes:
         logits: (B,S,vocab_size), (T,vocab_size) of packed input, or (masked tokens, vocab_size); None if labels were
-            given.
+            given. Of a rank in training mode, those of its part of the vocabulary.
         loss: a float32 scalar if labels were given.
     """
 
@@ -48,31 +50,47 @@ class BertPreTrainingOutput(NamedTuple):
 
 
 class MaskedLMHead(nn.Module):
-    """decoder(norm(activation(dense(x)))), where the decoder's weight is the word embedding and its bias is here."""
+    """decoder(norm(activation(dense(x)))), where the decoder's weight is the word embedding and its bias is here.
+
+    The decoder is cut over ranks as the word embedding is; all ranks do the rest alike.
+    """
 
     def __init__(
         self,
         config: BertConfig,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        parallel: TensorParallel = SINGLE_PROCESS,
     ) -> None:
         super().__init__()
+        self.parallel = parallel
+        self.partition = parallel.vocabulary(config.vocab_size)
         self.activation = config.activation
         self.dense = nn.Linear(config.d_model, config.d_model, device=device, dtype=dtype)
         self.norm = LayerNorm(config.d_model, eps=config.norm_eps, device=device, dtype=dtype)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size, device=device, dtype=dtype))
+        local = self.partition.local_size(parallel.group.rank)
+        self.bias = nn.Parameter(torch.zeros(local, device=device, dtype=dtype))
+
+    def partitions(self) -> dict[str, tuple[Partition, int]]:
+        """How parameters are cut: name, partition, dimension."""
+        return {"bias": (self.partition, 0)}
 
     def transform(self, hidden: Tensor) -> Tensor:
         """(...,d_model) -> (...,d_model), what the decoder takes."""
         return self.norm(activate(F.linear(hidden, self.dense.weight), self.activation, self.dense.bias))
 
     def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
-        """Hidden states (...,d_model) and the word embedding (vocab_size,d_model) -> logits (...,vocab_size)."""
-        return F.linear(self.transform(hidden), word_embedding, self.bias)
+        """Hidden states (...,d_model) and the word embedding (vocab_size,d_model) -> logits (...,vocab_size).
+
+        The embedding is a rank's part of it, and so are the logits in training mode.
+        """
+        logits = self.parallel.vocabulary_product(self.transform(hidden), word_embedding, self.bias)
+        return logits if self.training else self.parallel.whole_vocabulary(logits, self.partition)
 
     def loss(self, hidden: Tensor, word_embedding: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of hidden (n,d_model) against labels int64 (n,); all logits never exist together."""
-        return linear_cross_entropy(self.transform(hidden), word_embedding, labels, self.bias)
+        part = self.parallel.cross_entropy_options(self.partition)
+        return linear_cross_entropy(self.transform(hidden), word_embedding, labels, self.bias, **part)
 
 
 class BertForMaskedLM(nn.Module):
@@ -85,11 +103,21 @@ class BertForMaskedLM(nn.Module):
         with_pooler: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: GroupLike = None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
-        self.bert = BertModel(config, with_pooler=with_pooler, device=device, dtype=dtype)
-        self.head = MaskedLMHead(config, device=device, dtype=dtype)
+        self.bert = BertModel(
+            config,
+            with_pooler=with_pooler,
+            device=device,
+            dtype=dtype,
+            process_group=process_group,
+            sequence_parallel=sequence_parallel,
+        )
+        self.parallel = self.bert.parallel
+        self.head = MaskedLMHead(config, device=device, dtype=dtype, parallel=self.parallel)
         self.reset_parameters()
 
     def forward(
@@ -126,7 +154,7 @@ class BertForMaskedLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output projection (vocab_size, d_model): the word embedding."""
+        """The output projection (vocab_size, d_model): the word embedding, or a rank's part of it."""
         return self.bert.embeddings.word_embeddings.weight
 
     @torch.no_grad()
@@ -144,11 +172,20 @@ class BertForPreTraining(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: GroupLike = None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
-        self.bert = BertModel(config, device=device, dtype=dtype)
-        self.head = MaskedLMHead(config, device=device, dtype=dtype)
+        self.bert = BertModel(
+            config,
+            device=device,
+            dtype=dtype,
+            process_group=process_group,
+            sequence_parallel=sequence_parallel,
+        )
+        self.parallel = self.bert.parallel
+        self.head = MaskedLMHead(config, device=device, dtype=dtype, parallel=self.parallel)
         self.seq_relationship = nn.Linear(config.d_model, 2, device=device, dtype=dtype)
         self.reset_parameters()
 
@@ -184,7 +221,7 @@ class BertForPreTraining(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The masked-LM head's output projection (vocab_size, d_model): the word embedding."""
+        """The masked-LM head's output projection (vocab_size, d_model): the word embedding, or a rank's part of it."""
         return self.bert.embeddings.word_embeddings.weight
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from flash_attn_ops.fused_dense import FusedMLP
+from flash_attn_ops.distributed import GroupLike
 from flash_attn_ops.norm import LayerNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,6 +21,8 @@ from flash_attn_models.bert.tokens import (
 from flash_attn_models.layers.bert_embedding import BertEmbeddings
 from flash_attn_models.layers.bidirectional import BidirectionalSelfAttention
 from flash_attn_models.layers.post_norm_block import PostNormBlock
+from flash_attn_models.tensor_parallel.initial import count_parameters, draw_weights
+from flash_attn_models.tensor_parallel.plan import TensorParallel
 
 
 class BertOutput(NamedTuple):
@@ -59,6 +61,14 @@ class BertModel(nn.Module):
         config: the architecture.
         with_pooler: whether there is a pooler.
         device, dtype: of the parameters; None is torch's default. On device "meta" nothing is allocated.
+        process_group: the ranks over which heads, MLPs and the vocabulary are cut: a ProcessGroup or a one-dimensional
+            DeviceMesh; None is a single process. With one seed on all ranks, weights start as in a single process.
+        sequence_parallel: in training mode, what is between layers is cut over the ranks too, along packed tokens:
+            padding is always taken out. After backward, ``flash_attn_models.tensor_parallel.reduce_gradients(model)``
+            must be called.
+
+    Raises:
+        ValueError: heads, widths or a vocabulary that the ranks cannot share.
 
     Attributes:
         activation_checkpointing: if set to True, each layer is computed again in the backward pass instead of
@@ -72,10 +82,13 @@ class BertModel(nn.Module):
         with_pooler: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: GroupLike = None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
+        self.parallel = parallel = TensorParallel.of(process_group, sequence_parallel)
         self.activation_checkpointing = False
         self.embeddings = BertEmbeddings(
             config.vocab_size,
@@ -85,9 +98,10 @@ class BertModel(nn.Module):
             pad_token_id=config.pad_token_id,
             norm_eps=config.norm_eps,
             dropout=config.dropout,
+            parallel=parallel,
             **factory,
         )
-        self.layers = nn.ModuleList(_block(config, factory) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(_block(config, parallel, factory) for _ in range(config.n_layer))
         self.pooler = Pooler(config.d_model, **factory) if with_pooler else None
         self.reset_parameters()
 
@@ -139,6 +153,11 @@ class BertModel(nn.Module):
         padding_free: bool | None,
     ) -> TokenBatch:
         """The tokens that these arguments of ``forward`` describe, checked, and packed if that is wanted."""
+        self.parallel.check_mode(
+            self.training, without={"padding_free": False} if padding_free is False else None
+        )
+        if cu_seqlens is None and self.parallel.cuts_tokens(self.training):
+            padding_free = True
         device = self.embeddings.word_embeddings.weight.device
         return prepare_tokens(
             *(self.config, device, input_ids, attention_mask, token_type_ids),
@@ -147,10 +166,11 @@ class BertModel(nn.Module):
 
     def encode(self, batch: TokenBatch) -> Tensor:
         """Hidden states of all tokens of the batch, as it has them: (B,S,d_model) or (T,d_model)."""
-        hidden = self._embed(batch)
-        for layer in self.layers:
-            hidden = self._apply_layer(layer, hidden, batch)
-        return hidden
+        with self.parallel.randomness_of_tokens(self.training and self._has_dropout):
+            hidden = self._embed(batch)
+            for layer in self.layers:
+                hidden = self._apply_layer(layer, hidden, batch)
+        return self.parallel.whole(hidden, self.training, batch.input_ids.shape[0])
 
     def encode_masked(self, batch: TokenBatch, masked_rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Hidden states of some tokens of a packed batch. The last layer computes nothing else but keys and values.
@@ -166,12 +186,15 @@ class BertModel(nn.Module):
         if self.pooler is not None:
             rows = with_first_rows(masked_rows, batch.cu_seqlens, batch.input_ids.shape[0])
         cu_rows = rows_before(rows, batch.cu_seqlens)
-        hidden = self._embed(batch)
         *earlier, last = self.layers
-        for layer in earlier:
-            hidden = self._apply_layer(layer, hidden, batch)
         assert isinstance(last, PostNormBlock)
-        hidden = last.forward_rows(hidden, rows, cu_rows, batch.cu_seqlens, batch.max_seqlen)
+        with self.parallel.randomness_of_tokens(self.training and self._has_dropout):
+            hidden = self._embed(batch)
+            for layer in earlier:
+                hidden = self._apply_layer(layer, hidden, batch)
+            shared = self.parallel.padded(rows, self.training)
+            hidden = last.forward_rows(hidden, shared, cu_rows, batch.cu_seqlens, batch.max_seqlen)
+        hidden = self.parallel.whole(hidden, self.training, rows.shape[0])
         if self.pooler is None:
             return hidden, None
         pooled = self.pooler(first_rows(hidden, cu_rows))  # a sequence's first token is its first row here
@@ -184,17 +207,20 @@ class BertModel(nn.Module):
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Number of parameters; without those of tokens, positions and token types if ``embeddings=False``."""
-        count = sum(parameter.numel() for parameter in self.parameters())
+        count = count_parameters(self)
         if not embeddings:
-            count -= sum(
-                module.weight.numel()
-                for module in self.embeddings.modules()
-                if isinstance(module, nn.Embedding)
-            )
+            count -= count_parameters(self.embeddings) - count_parameters(self.embeddings.norm)
         return count
 
+    @property
+    def _has_dropout(self) -> bool:
+        return max(self.config.dropout, self.config.attn_dropout) > 0.0
+
     def _embed(self, batch: TokenBatch) -> Tensor:
-        return self.embeddings(batch.input_ids, batch.position_ids, batch.token_type_ids)
+        per_token = (batch.input_ids, batch.position_ids, batch.token_type_ids)
+        # Rows that ranks need to share tokens evenly are in no sequence.
+        padded = (None if ids is None else self.parallel.padded(ids, self.training) for ids in per_token)
+        return self.embeddings(*padded)
 
     def _apply_layer(self, layer: nn.Module, hidden: Tensor, batch: TokenBatch) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -205,20 +231,19 @@ class BertModel(nn.Module):
 def initialize(module: nn.Module, std: float) -> None:
     """BERT's initial weights, for every layer inside."""
     for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(part.weight, std=std)
-        if isinstance(part, nn.Linear) and part.bias is not None:
-            nn.init.zeros_(part.bias)
-        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
-            part.weight[part.padding_idx].zero_()
+        draw_weights(part, std)
         if isinstance(part, LayerNorm):
             part.reset_parameters()
 
 
-def _block(config: BertConfig, factory: dict[str, Any]) -> PostNormBlock:
+def _block(config: BertConfig, parallel: TensorParallel, factory: dict[str, Any]) -> PostNormBlock:
     def norm() -> LayerNorm:
         return LayerNorm(config.d_model, eps=config.norm_eps, dropout_p=config.dropout, **factory)
 
-    mixer = BidirectionalSelfAttention(config.d_model, config.n_head, dropout=config.attn_dropout, **factory)
-    mlp = FusedMLP(config.d_model, config.inner_dim, activation=config.activation, **factory)
-    return PostNormBlock(mixer, norm(), mlp, norm())
+    mixer = BidirectionalSelfAttention(
+        config.d_model, config.n_head, dropout=config.attn_dropout, parallel=parallel, **factory
+    )
+    mlp = parallel.mlp(config.d_model, config.inner_dim, config.activation, **factory)
+    block = PostNormBlock(mixer, norm(), mlp, norm())
+    parallel.mark(block.norm1, block.norm2)
+    return block

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from flash_attn_ops.padding import pad_input, unpad_input
+from flash_attn_ops.padding import pad_input
 from torch import Tensor
 
 from flash_attn_models.bert.config import BertConfig
 from flash_attn_models.errors import bad_argument
+from flash_attn_models.layers.packed import Documents, real_tokens
 
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -129,15 +130,13 @@ def _padded_input(
     if attention_mask is not None:
         _check_mask(attention_mask, input_ids, device)
         attention_mask = attention_mask != 0
-        # One look at the mask, for which a GPU is waited for: both ways are open only if nobody has chosen.
-        if padding_free is None and bool(attention_mask.all()):
-            attention_mask = None
-    if padding_free is None:
-        padding_free = attention_mask is not None
     positions = torch.arange(seqlen, device=device)
-    if not padding_free:
+    if padding_free is False:
         return TokenBatch(input_ids, positions, token_type_ids, seqlen, is_real=attention_mask)
-    if attention_mask is None:
+    real = None if attention_mask is None else real_tokens(attention_mask)
+    if real is None and padding_free is None:
+        return TokenBatch(input_ids, positions, token_type_ids, seqlen)
+    if real is None:
         return TokenBatch(
             input_ids.flatten(),
             positions.repeat(batch),
@@ -146,13 +145,13 @@ def _padded_input(
             cu_seqlens=torch.arange(0, (batch + 1) * seqlen, seqlen, device=device, dtype=torch.int32),
             padded_shape=(batch, seqlen),
         )
-    packed_ids, indices, cu_seqlens, longest, _ = unpad_input(input_ids, attention_mask)
+    indices = real.indices
     return TokenBatch(
-        packed_ids,
+        input_ids.flatten().index_select(0, indices),
         indices % seqlen,  # a position is a column of the batch, wherever the padding is
         None if token_type_ids is None else token_type_ids.flatten().index_select(0, indices),
-        longest,
-        cu_seqlens=cu_seqlens,
+        real.max_seqlen,
+        cu_seqlens=real.cu_seqlens,
         indices=indices,
         padded_shape=(batch, seqlen),
     )
@@ -166,34 +165,10 @@ def _packed_input(
     cu_seqlens: Tensor,
     max_seqlen: int | None,
 ) -> TokenBatch:
-    tokens = input_ids.shape[0]
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
-        raise bad_argument(
-            "cu_seqlens",
-            f"shape {tuple(cu_seqlens.shape)}, {cu_seqlens.dtype}",
-            "int32 of shape (sequences + 1,)",
-            "pass the cumulated lengths of the sequences, beginning with 0",
-        )
-    _check_device("cu_seqlens", cu_seqlens, device)
-    lengths = cu_seqlens.diff()
-    if max_seqlen is None:  # the lengths are looked at, for which a GPU is waited for
-        facts = torch.stack([cu_seqlens[0], cu_seqlens[-1], lengths.min(), lengths.max()]).tolist()
-        first, last, shortest, max_seqlen = facts
-        if first != 0 or last != tokens or shortest < 0:
-            raise bad_argument(
-                "cu_seqlens",
-                f"a first value of {first}, a last of {last}, a shortest sequence of {shortest} tokens",
-                f"ascending values from 0 to the {tokens} tokens of input_ids",
-                "pass the cumulated lengths of the sequences in input_ids",
-            )
-    _check_length(max_seqlen, config)
-    starts = cu_seqlens[:-1].repeat_interleave(lengths, output_size=tokens)
+    documents = Documents.of(cu_seqlens, max_seqlen, input_ids.shape[0], device)
+    _check_length(documents.max_seqlen, config)
     return TokenBatch(
-        input_ids,
-        torch.arange(tokens, device=device) - starts,
-        token_type_ids,
-        max_seqlen,
-        cu_seqlens=cu_seqlens,
+        input_ids, documents.positions, token_type_ids, documents.max_seqlen, cu_seqlens=cu_seqlens
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_models.errors import bad_argument
-from flash_attn_models.generation.sampling import filter_logits, penalize_repetition, sample
+from flash_attn_models.generation.sampling import draw, filter_logits, penalize_repetition
 
 
 @dataclass(frozen=True)
@@ -58,30 +58,28 @@ class Choice:
                 f"make it with torch.Generator({device.type!r})",
             )
 
-    def seen_tokens(self, tokens: Tensor, vocab_size: int) -> Tensor | None:
-        """bool (B,V), which ids occur in each row of tokens (B,S); None without repetition penalty."""
-        if self.repetition_penalty is None:
-            return None
-        seen = torch.zeros(tokens.shape[0], vocab_size, dtype=torch.bool, device=tokens.device)
-        return seen.scatter_(1, tokens, True)
+    def source(self, device: torch.device) -> torch.Generator:
+        """The generator that draws on a device: the given one, or torch's global one there."""
+        if self.generator is not None:
+            return self.generator
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.init()  # generators exist from then on
+            return torch.cuda.default_generators[index]
+        return torch.default_generator
 
-    def __call__(self, logits: Tensor, seen: Tensor | None) -> Tensor:
-        """logits (B,V) -> tokens (B,), int64, which are then seen."""
-        if seen is not None and self.repetition_penalty is not None:
+    def scores(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """logits (..., V) as tokens are chosen by: penalised for what bool ``seen`` (..., V) marks, and with
+        do_sample filtered, in float32. Their softmax is the distribution that ``pick`` draws from."""
+        if self.repetition_penalty is not None:
+            assert seen is not None
             logits = penalize_repetition(logits.float(), seen, self.repetition_penalty)
-        tokens = self._choose(logits)
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
-        return tokens
-
-    def _choose(self, logits: Tensor) -> Tensor:
         if not self.do_sample:
-            return logits.argmax(dim=-1)
-        return sample(
-            logits,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            generator=self.generator,
+            return logits
+        return filter_logits(
+            logits.float(), temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
         )
+
+    def pick(self, scores: Tensor) -> Tensor:
+        """scores (..., V) -> tokens (...), int64."""
+        return draw(scores, self.generator) if self.do_sample else scores.argmax(dim=-1)

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from flash_attn_models.errors import bad_argument
 from flash_attn_models.gpt.config import GPTConfig
 
@@ -20,41 +17,6 @@ class Tokenizer(Protocol):
 
 
 Decode = Callable[[list[int]], str]
-
-
-class Ends:
-    """Which rows have ended. Nothing waits for the device if nothing can end a row.
-
-    Args:
-        eos_ids: ids that end a row.
-        stop: finds stop strings; None is none.
-        batch_size: rows.
-        device: of the tokens.
-    """
-
-    def __init__(
-        self, eos_ids: tuple[int, ...], stop: StopStrings | None, batch_size: int, device: torch.device
-    ) -> None:
-        self.finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
-        self._ids = torch.tensor(eos_ids, dtype=torch.int64, device=device) if eos_ids else None
-        self._stop = stop
-        self._texts: list[list[int]] = [[] for _ in range(batch_size)]
-
-    def all_after(self, tokens: Tensor) -> bool:
-        """Count the next tokens (B,) of all rows; whether every row has ended. Waits once for the device, if ids or
-        strings can end a row at all."""
-        if self._ids is not None:
-            self.finished |= torch.isin(tokens, self._ids)
-        if self._stop is not None:
-            # One transfer for both; padding of a row that has ended must not be read.
-            ids, ended = torch.stack([tokens, self.finished.long()]).tolist()
-            stopped = [
-                bool(end) or self._stop.ends(text, token)
-                for text, token, end in zip(self._texts, ids, ended, strict=True)
-            ]
-            self.finished = torch.tensor(stopped, device=tokens.device)
-            return all(stopped)
-        return self._ids is not None and bool(self.finished.all())
 
 
 class StopStrings:

@@ -78,9 +78,12 @@ class PagedKVCache(Cache):
     Args:
         pool: whose pages to take.
         max_seqlens: for each sequence the tokens it must have room for.
+        table_columns: of the block table, if it shall have more than the longest sequence needs.
     """
 
-    def __init__(self, pool: PagePool, max_seqlens: Sequence[int]) -> None:
+    def __init__(
+        self, pool: PagePool, max_seqlens: Sequence[int], *, table_columns: int | None = None
+    ) -> None:
         if not max_seqlens or min(max_seqlens) < 1:
             raise bad_argument(
                 "max_seqlens",
@@ -93,7 +96,8 @@ class PagedKVCache(Cache):
         self._pages = pool.take(sum(counts))
         pages = iter(self._pages)
         # Page -1 does not exist: padding that is written behind a short prompt is lost there.
-        rows = [[next(pages) for _ in range(count)] + [-1] * (max(counts) - count) for count in counts]
+        columns = max(max(counts), table_columns or 0)
+        rows = [[next(pages) for _ in range(count)] + [-1] * (columns - count) for count in counts]
         table = torch.tensor(rows, dtype=torch.int32, device=pool.k[0].device)
         super().__init__(pool.k, pool.v, len(counts), max(max_seqlens), table)
 

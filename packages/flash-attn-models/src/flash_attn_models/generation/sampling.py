@@ -84,7 +84,8 @@ def filter_logits(
 ) -> Tensor:
     """Apply ``scale_by_temperature``, ``keep_top_k``, ``keep_top_p``, ``keep_min_p`` in this order; None is no
     filter."""
-    logits = scale_by_temperature(logits, temperature)
+    if temperature != 1:
+        logits = scale_by_temperature(logits, temperature)
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     if top_p is not None:
@@ -108,7 +109,17 @@ def sample(
     ``generator`` is the source of randomness, on the device of the logits; None is torch's global one.
     """
     logits = filter_logits(logits.float(), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    return draw(logits, generator)
+
+
+def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw a token from each row of logits (..., V), float32, as they are -> (...), int64."""
+    return draw_from(logits.softmax(dim=-1), generator)
+
+
+def draw_from(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw a token from each row of weights (..., V), float32, non-negative with a positive sum -> (...), int64."""
     # A race of exponential clocks: the token i that minimises Exp(1) / p_i is drawn with probability p_i. It is what
     # torch.multinomial computes too, which however makes the host wait for a check of the probabilities.
-    clocks = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(dim=-1) / clocks.clamp_min_(torch.finfo(clocks.dtype).tiny)).argmax(dim=-1)
+    clocks = torch.empty_like(weights).exponential_(generator=generator)
+    return (weights / clocks.clamp_min_(torch.finfo(clocks.dtype).tiny)).argmax(dim=-1)

@@ -65,11 +65,15 @@ class GPTConfig:
         window_first_layer: layers before this one have no window.
         softmax_scale: factor of the scores; None is 1 / sqrt(head width).
         softcap: scores become ``softcap * tanh(score / softcap)``; None is off.
+        sinks: each head has one more logit in its softmax, a parameter, without a value (as in GPT-OSS).
+        conv_width: width of a causal depthwise convolution over queries, keys and values (3 in Primer); None is none.
 
     Training:
         dropout: after the attention and the MLP, and unless ``embedding_dropout`` is given the embedding.
         embedding_dropout: after the embedding; None is ``dropout``.
         attn_dropout: of the attention probabilities.
+        residual_in_fp32: the residual stream is float32 in a model in 16 bits, and under autocast. False: it has the
+            dtype of the weights, or autocast's, which is half the memory traffic of norms.
         initializer_range: standard deviation of the initial weights.
 
     Tokens:
@@ -102,6 +106,8 @@ class GPTConfig:
     window_first_layer: int = 0
     softmax_scale: float | None = None
     softcap: float | None = None
+    sinks: bool = False
+    conv_width: int | None = None
     qk_norm: bool = False
     prenorm: bool = True
     parallel_block: bool = False
@@ -118,6 +124,7 @@ class GPTConfig:
     dropout: float = 0.0
     embedding_dropout: float | None = None
     attn_dropout: float = 0.0
+    residual_in_fp32: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -170,7 +177,9 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "max_seqlen", "n_layer", "n_head", "d_model"):
             self._check_size(name)
-        for name in ("n_head_kv", "d_head", "d_inner", "rotary_dim", "window", "d_embedding"):
+        for name in (
+            *("n_head_kv", "d_head", "d_inner", "rotary_dim", "window", "d_embedding", "conv_width"),
+        ):
             if getattr(self, name) is not None:
                 self._check_size(name)
         for name, valid in (("activation", ACTIVATIONS), ("norm", NORMS), ("position", POSITIONS)):
@@ -275,6 +284,7 @@ class GPTConfig:
             "window_first_layer": ("a window", self.window is not None, "there is no window"),
             "tied_norm": ("parallel_block=True", self.parallel_block, "parallel_block=False needs two norms"),
             "parallel_block": ("prenorm=True", self.prenorm, "prenorm=False norms after each branch"),
+            "residual_in_fp32": ("prenorm=True", self.prenorm, "prenorm=False normalises the stream itself"),
             "head_bias": (
                 "tie_embeddings=False",
                 not self.tie_embeddings,
@@ -293,6 +303,8 @@ class GPTConfig:
                 f"less than n_layer={self.n_layer}, since no layer has the window otherwise",
                 "leave window and window_first_layer out for full attention in all layers",
             )
+        if self.conv_width == 1:
+            raise self._reject("conv_width", "at least 2 tokens", "leave conv_width out for no convolution")
         if self.d_embedding == self.d_model:
             raise self._reject("d_embedding", "another width than d_model", "leave d_embedding out")
 

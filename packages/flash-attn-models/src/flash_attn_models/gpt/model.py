@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from flash_attn_ops.cross_entropy import cross_entropy
+from flash_attn_ops.distributed import GroupLike
+from flash_attn_ops.linear_cross_entropy import linear_cross_entropy
 from flash_attn_ops.norm import LayerNorm, RMSNorm
 from flash_attn_ops.rotary import RotaryEmbedding
 from torch import Tensor, nn
@@ -13,7 +17,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flash_attn_models.errors import bad_argument
+from flash_attn_models.gpt.checkpointing import check_choice, is_checkpointed
 from flash_attn_models.gpt.config import GPTConfig
+from flash_attn_models.gpt.documents import read_documents
 from flash_attn_models.layers import (
     MLP,
     ALiBi,
@@ -25,7 +31,11 @@ from flash_attn_models.layers import (
     ParallelBlock,
 )
 from flash_attn_models.layers.block import add_norm
+from flash_attn_models.layers.depthwise_conv import CausalDepthwiseConv
 from flash_attn_models.layers.kv_cache import Cache
+from flash_attn_models.layers.packed import Documents
+from flash_attn_models.tensor_parallel.initial import count_parameters, draw_weights
+from flash_attn_models.tensor_parallel.plan import TensorParallel
 
 
 class GPTModel(nn.Module):
@@ -33,18 +43,27 @@ class GPTModel(nn.Module):
     there is one.
 
     Attributes:
-        activation_checkpointing: if set to True, each layer is computed again in the backward pass instead of
-            keeping what it computed, which saves memory for about a third more computation. False after
-            construction.
+        activation_checkpointing: what is computed again in the backward pass instead of being kept. True: each layer,
+            of which only the input is kept, for about a third more computation; n: every n-th layer, from the first
+            on; "attention": attention between the two projections of each layer, of which queries, keys and values
+            are kept, but neither their rotated copies nor the result; "mlp": the activation of each MLP, for one more
+            pass over memory. False after construction.
     """
 
     def __init__(
-        self, config: GPTConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        config: GPTConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        process_group: GroupLike = None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
-        self.activation_checkpointing = False
+        self.parallel = parallel = TensorParallel.of(process_group, sequence_parallel)
+        self._checkpointing: bool | int | str = False
         self.embeddings = GPTEmbeddings(
             config.vocab_size,
             config.d_model,
@@ -53,29 +72,72 @@ class GPTModel(nn.Module):
             d_embedding=config.d_embedding,
             scale=config.embedding_scale,
             dropout=config.dropout if config.embedding_dropout is None else config.embedding_dropout,
+            parallel=parallel,
             **factory,
         )
         positions = _Positions(config, device)
         self.layers = nn.ModuleList(
-            _block(config, layer, positions, factory) for layer in range(config.n_layer)
+            _block(config, layer, positions, parallel, factory) for layer in range(config.n_layer)
         )
-        self.ln_f = _norm(config, factory) if config.prenorm else None
+        self.ln_f = _norm(config, factory, dropout=config.dropout) if config.prenorm else None
+        parallel.mark(self.ln_f)
+
+    @property
+    def activation_checkpointing(self) -> bool | int | str:
+        return self._checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, value: bool | int | str) -> None:
+        self._checkpointing = check_choice(value)
+        layers: Iterable[Any] = self.layers
+        for layer in layers:
+            layer.mixer.checkpointing = value == "attention"
+            layer.mlp.checkpoint_lvl = 1 if value == "mlp" else 0
 
     def forward(
-        self, input_ids: Tensor, *, cache: Cache | None = None, seqlens: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        cache: Cache | None = None,
+        seqlens: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor:
-        """input_ids (B,S) -> hidden states (B,S,d_model). See ``GPTLMHeadModel.forward`` for cache and seqlens."""
-        _check_input(input_ids, cache, self.config, self.embeddings.word_embeddings.weight.device)
-        _check_seqlens(seqlens, input_ids)
-        embedded = self.embeddings(input_ids, 0 if cache is None else cache.lengths)
+        """input_ids (B,S) -> hidden states (B,S,d_model). See ``GPTLMHeadModel.forward`` for the other arguments."""
+        device = self.embeddings.word_embeddings.weight.device
+        documents = read_documents(
+            input_ids, self.config.max_seqlen, device, cu_seqlens, max_seqlen, cache=cache, seqlens=seqlens
+        )
+        if documents is None:
+            _check_input(input_ids, cache, self.config, device)
+            _check_seqlens(seqlens, input_ids)
+        self.parallel.check_mode(
+            self.training, input_ids.shape[-1], "input_ids", without={"cache": cache, "seqlens": seqlens}
+        )
+        with self.parallel.randomness_of_tokens(self.training and self._has_dropout):
+            return self._run(input_ids, documents, cache, seqlens)
+
+    def _run(
+        self, input_ids: Tensor, documents: Documents | None, cache: Cache | None, seqlens: Tensor | None
+    ) -> Tensor:
+        if documents is None:
+            where: dict[str, Any] = {}
+            embedded = self.embeddings(input_ids, 0 if cache is None else cache.lengths)
+        else:
+            where = {"documents": documents}
+            embedded = self.embeddings(input_ids, position_ids=documents.positions)
+        if not self.config.residual_in_fp32:
+            embedded = _as_autocast_does(embedded)
         # What each kind of block passes on to the next, see layers/block.py.
         others = 2 if self.config.parallel_block else 1 if self.config.prenorm else 0
         state: tuple[Any, ...] = (embedded, *[None] * others)
-        for layer in self.layers:
-            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
-                state = checkpoint(layer, *state, use_reentrant=False)
+        if cache is not None:
+            cache.seqlens = seqlens
+        for number, layer in enumerate(self.layers):
+            if is_checkpointed(self._checkpointing, number) and cache is None and torch.is_grad_enabled():
+                state = checkpoint(layer, *state, use_reentrant=False, **where)
             else:
-                state = layer(*state, cache)
+                state = layer(*state, cache, **where)
         if cache is not None:
             cache.advance(input_ids.shape[1], seqlens)
         x, *branches = state
@@ -85,6 +147,11 @@ class GPTModel(nn.Module):
             x1, residual = branches
             return add_norm(self.ln_f, x, x1=x1, residual=residual)
         return self.ln_f(x, residual=branches[0])
+
+    @property
+    def _has_dropout(self) -> bool:
+        config = self.config
+        return max(config.dropout, config.embedding_dropout or 0.0, config.attn_dropout) > 0.0
 
 
 class GPTLMHeadModel(nn.Module):
@@ -97,14 +164,31 @@ class GPTLMHeadModel(nn.Module):
     Args:
         config: the architecture.
         device, dtype: of the parameters; None is torch's default. On device "meta" nothing is allocated.
+        process_group: the ranks over which heads, MLPs and the vocabulary are cut: a ProcessGroup or a one-dimensional
+            DeviceMesh; None is a single process. With one seed on all ranks, weights start as in a single process.
+        sequence_parallel: in training mode, what is between layers is cut over the ranks too, along the positions,
+            which they must divide. After backward, ``flash_attn_models.tensor_parallel.reduce_gradients(model)`` must
+            be called.
+
+    Raises:
+        ValueError: heads, widths or a vocabulary that the ranks cannot share.
     """
 
     def __init__(
-        self, config: GPTConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        config: GPTConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        process_group: GroupLike = None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
-        self.transformer = GPTModel(config, device=device, dtype=dtype)
+        self.transformer = GPTModel(
+            *(config, device, dtype), process_group=process_group, sequence_parallel=sequence_parallel
+        )
+        self.parallel = self.transformer.parallel
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.project_out = (
             None
@@ -115,8 +199,11 @@ class GPTLMHeadModel(nn.Module):
         self.lm_head = (
             None
             if config.tie_embeddings
-            else nn.Linear(config.embedding_dim, config.vocab_size, bias=config.head_bias, **factory)
+            else self.parallel.column(
+                config.embedding_dim, config.vocab_size, bias=config.head_bias, **factory
+            )
         )
+        self.parallel.mark(self.project_out)
         self.reset_parameters()
 
     def forward(
@@ -126,11 +213,13 @@ class GPTLMHeadModel(nn.Module):
         cache: Cache | None = None,
         seqlens: Tensor | None = None,
         num_last_tokens: int | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> Tensor:
         """Logits of the next token at each position.
 
         Args:
-            input_ids: token ids (B,S), int64 or int32.
+            input_ids: token ids (B,S), int64 or int32; (T,) with ``cu_seqlens``.
             cache: keys and values of the tokens before these; those of input_ids are added to it. None starts
                 at the beginning and keeps nothing.
             seqlens: integers (B,), the first ``seqlens[b]`` tokens of row b are its own and the rest is padding, which
@@ -138,14 +227,25 @@ class GPTLMHeadModel(nn.Module):
                 wait for the device. None is S for all.
             num_last_tokens: logits of only this many last positions of each row, n; None is all, n = S. Where a row
                 has fewer than n tokens, its first one comes instead of what it lacks.
+            cu_seqlens: int32 (B+1,): input_ids are packed, document b from cu_seqlens[b] to cu_seqlens[b+1]; each is
+                computed as if it were alone. Without cache, seqlens and num_last_tokens.
+            max_seqlen: with cu_seqlens, the length of the longest document, or more. If it is left out the lengths are
+                read and checked, for which a GPU is waited for; if it is given they are trusted, and tokens behind
+                the last document are padding.
 
         Returns:
-            Logits (B,n,vocab_size) in the dtype of the parameters, or of autocast.
+            Logits (B,n,vocab_size), or (T,vocab_size), in the dtype of the parameters, or of autocast. Of a model
+            spread over ranks, each has all of them in evaluation mode, and in training mode those of its part of the
+            vocabulary, for ``cross_entropy(logits, labels, **model.cross_entropy_options)``.
 
         Raises:
-            ValueError: input_ids or seqlens of the wrong shape or dtype, on another device, or longer than the context
-                or the cache; num_last_tokens not in [1, S]; gradients needed with a cache.
+            ValueError: arguments of the wrong shape or dtype, on another device, or that exclude each other; sequences
+                longer than the context or the cache; num_last_tokens not in [1, S]; gradients needed with a cache.
         """
+        if cu_seqlens is not None and num_last_tokens is not None:
+            raise bad_argument(
+                "num_last_tokens", num_last_tokens, "None with cu_seqlens", "pick rows of the logits"
+            )
         if num_last_tokens is not None and not 1 <= num_last_tokens <= input_ids.shape[-1]:
             raise bad_argument(
                 "num_last_tokens",
@@ -153,50 +253,110 @@ class GPTLMHeadModel(nn.Module):
                 f"between 1 and the {input_ids.shape[-1]} positions of input_ids",
                 "change num_last_tokens, or leave it out for the logits of all positions",
             )
-        hidden = self.transformer(input_ids, cache=cache, seqlens=seqlens)
+        self.parallel.check_mode(self.training, without={"num_last_tokens": num_last_tokens})
+        hidden = self.transformer(
+            input_ids, cache=cache, seqlens=seqlens, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
+        )
         if num_last_tokens is not None:
             hidden = _last_positions(hidden, seqlens, num_last_tokens)
+        hidden, weight, bias = self._head_operands(hidden)
+        is_cut = self.parallel.cuts_tokens(self.training)
+        logits = self.parallel.vocabulary_product(hidden, weight, bias, is_cut=is_cut)
+        if is_cut and cu_seqlens is None:  # positions first
+            logits = logits.transpose(0, 1)
+        if not self.training:
+            logits = self.parallel.whole_vocabulary(logits, self.parallel.vocabulary(self.config.vocab_size))
+        return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy of the logits of input_ids against labels, float32.
+
+        In a single process logits of all positions never exist together; over ranks, each has its part of the
+        vocabulary's.
+
+        Args:
+            input_ids, cu_seqlens, max_seqlen: see ``forward``.
+            labels: int64, in the shape of input_ids: the token that follows each, or -100 where none is to be
+                predicted. Labels are not shifted.
+        """
+        documents: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+        if self.parallel.is_parallel:
+            logits = self(input_ids, **documents)
+            options = self.cross_entropy_options if self.training else {}
+            return cross_entropy(logits.flatten(0, -2), labels.flatten(), inplace_backward=True, **options)
+        hidden, weight, bias = self._head_operands(self.transformer(input_ids, **documents))
+        return linear_cross_entropy(hidden, weight, labels, bias, logit_scale=self.config.logit_scale)
+
+    def _head_operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the output projection multiplies, and adds."""
         if self.project_out is not None:
             hidden = self.project_out(hidden)
         weight = F.normalize(self.head_weight, dim=-1) if self.config.normalize_head else self.head_weight
-        logits = F.linear(hidden, weight, None if self.lm_head is None else self.lm_head.bias)
-        return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
+        return hidden, weight, None if self.lm_head is None else self.lm_head.bias
 
     @property
     def head_weight(self) -> Tensor:
-        """The output projection (vocab_size, embedding_dim), tied or not."""
+        """The output projection (vocab_size, embedding_dim), tied or not; of a rank, its part of the vocabulary."""
         head = self.transformer.embeddings.word_embeddings if self.lm_head is None else self.lm_head
         return head.weight
+
+    @property
+    def cache_heads(self) -> int:
+        """Key/value heads that this process computes, and so what a cache for this model needs."""
+        mixer = self.transformer.layers[0].mixer
+        assert isinstance(mixer, CausalSelfAttention)
+        return mixer.n_head_kv
+
+    @property
+    def cross_entropy_options(self) -> dict[str, Any]:
+        """What ``cross_entropy`` of flash_attn_ops must know of this model's logits: a rank's part of the vocabulary,
+        where it has only that, in training mode."""
+        if not self.training:
+            return {}
+        return self.parallel.cross_entropy_options(self.parallel.vocabulary(self.config.vocab_size))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new initial weights from torch's global random generator."""
         std = self.config.initializer_range
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-            if isinstance(module, (LayerNorm, RMSNorm)):
+            draw_weights(module, std)
+            if isinstance(module, (LayerNorm, RMSNorm, CausalDepthwiseConv)):
                 module.reset_parameters()
-        for name, parameter in self.named_parameters():
-            if name.endswith(("mixer.out_proj.weight", "mlp.fc2.weight")):
-                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layer))
+            if isinstance(module, CausalSelfAttention) and module.sinks is not None:
+                nn.init.zeros_(module.sinks)
+        for name, module in self.named_modules():
+            if name.endswith(("mixer.out_proj", "mlp.fc2")):
+                draw_weights(module, std / math.sqrt(2 * self.config.n_layer))
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Number of parameters; without those of tokens and positions if ``embeddings=False``."""
-        count = sum(parameter.numel() for parameter in self.parameters())
-        if not embeddings:
-            count -= sum(parameter.numel() for parameter in self.transformer.embeddings.parameters())
-        return count
+        count = count_parameters(self)
+        return count if embeddings else count - count_parameters(self.transformer.embeddings)
 
 
-def _norm(config: GPTConfig, factory: dict[str, Any], size: int | None = None) -> LayerNorm | RMSNorm:
+def _norm(
+    config: GPTConfig, factory: dict[str, Any], size: int | None = None, dropout: float = 0.0
+) -> LayerNorm | RMSNorm:
     norm = LayerNorm if config.norm == "layer_norm" else RMSNorm
-    return norm(config.d_model if size is None else size, eps=config.norm_eps, **factory)
+    size = config.d_model if size is None else size
+    return norm(size, eps=config.norm_eps, dropout_p=dropout, **factory)
 
 
-def _mlp(config: GPTConfig, factory: dict[str, Any]) -> nn.Module:
+def _mlp(config: GPTConfig, parallel: TensorParallel, factory: dict[str, Any]) -> nn.Module:
+    if parallel.is_parallel:
+        gated = config.activation == "swiglu"
+        activation = "silu" if gated else config.activation
+        return parallel.mlp(
+            *(config.d_model, config.inner_dim, activation), gated=gated, bias=config.mlp_bias, **factory
+        )
     if config.activation == "swiglu":
         return GatedMLP(config.d_model, config.inner_dim, bias=config.mlp_bias, **factory)
     return MLP(
@@ -224,7 +384,9 @@ class _Positions:
             self.alibi = ALiBi(config.n_head, of_scores if config.alibi_scaled else 1.0)
 
 
-def _block(config: GPTConfig, layer: int, positions: _Positions, factory: dict[str, Any]) -> nn.Module:
+def _block(
+    config: GPTConfig, layer: int, positions: _Positions, parallel: TensorParallel, factory: dict[str, Any]
+) -> nn.Module:
     mixer = CausalSelfAttention(
         config.d_model,
         config.n_head,
@@ -239,17 +401,34 @@ def _block(config: GPTConfig, layer: int, positions: _Positions, factory: dict[s
         softcap=0.0 if config.softcap is None else config.softcap,
         q_norm=_norm(config, factory, config.head_dim) if config.qk_norm else None,
         k_norm=_norm(config, factory, config.head_dim) if config.qk_norm else None,
+        sinks=config.sinks,
+        conv_width=config.conv_width,
         dropout=config.attn_dropout,
         layer=layer,
+        parallel=parallel,
         **factory,
     )
-    norm1, mlp = _norm(config, factory), _mlp(config, factory)
-    norm2 = None if config.tied_norm else _norm(config, factory)
+    # A branch is dropped from by the norm that adds it to the stream: in a first block with norms in front, norm1 adds
+    # nothing but the embedding, which has dropout of its own.
+    adds_embedding = config.prenorm and layer == 0
+    norm1 = _norm(config, factory, dropout=0.0 if adds_embedding else config.dropout)
+    norm2 = None if config.tied_norm else _norm(config, factory, dropout=config.dropout)
+    mlp = _mlp(config, parallel, factory)
+    parallel.mark(norm1, norm2)
     if config.parallel_block:
-        return ParallelBlock(norm1, mixer, norm2, mlp, dropout=config.dropout)
+        return ParallelBlock(norm1, mixer, norm2, mlp, residual_in_fp32=config.residual_in_fp32)
     assert norm2 is not None  # the config refuses tied_norm otherwise
-    block = Block if config.prenorm else DecoderPostNormBlock
-    return block(norm1, mixer, norm2, mlp, dropout=config.dropout)
+    if not config.prenorm:
+        return DecoderPostNormBlock(norm1, mixer, norm2, mlp)
+    return Block(norm1, mixer, norm2, mlp, residual_in_fp32=config.residual_in_fp32)
+
+
+def _as_autocast_does(x: Tensor) -> Tensor:
+    """x in the dtype that matrix products have under autocast; outside of it as it is."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _last_positions(hidden: Tensor, seqlens: Tensor | None, count: int) -> Tensor:

@@ -21,7 +21,9 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
     ),
     "llama3": (("factor", "original_max_seqlen", "low_freq_factor", "high_freq_factor"), ()),
+    "longrope": (("original_max_seqlen", "short_factor", "long_factor"), ("factor", "attention_factor")),
 }
+_LISTS = ("short_factor", "long_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +31,15 @@ class RotaryScaling:
     """Which scaling of ``flash_attn_ops.rotary``, with its parameters; None where a kind has its default or no such.
 
     Attributes:
-        kind: "linear", "dynamic", "yarn" or "llama3". All are the same for every length of an input: "dynamic" is fixed
-            for inputs as long as the context, which changes nothing up to ``original_max_seqlen``.
-        factor: how much longer the context became.
-        original_max_seqlen: context of pretraining; needed by "yarn" and "llama3", and by "dynamic" the context that
-            it starts from (None: the config's, so that nothing changes).
+        kind: "linear", "dynamic", "yarn", "llama3" or "longrope". All are the same for every length of an input:
+            "dynamic" is fixed for inputs as long as the context, which changes nothing up to ``original_max_seqlen``;
+            "longrope" likewise has its long factors if the context is longer than that, and its short ones otherwise.
+        factor: how much longer the context became; "longrope" takes the ratio of the contexts for it if it is None.
+        original_max_seqlen: context of pretraining; needed by "yarn", "llama3" and "longrope", and by "dynamic" the
+            context that it starts from (None: the config's, so that nothing changes).
         low_freq_factor, high_freq_factor: of "llama3".
         beta_fast, beta_slow, attention_factor, mscale, mscale_all_dim, truncate: of "yarn".
+        short_factor, long_factor: of "longrope", a number for each pair of dimensions; it has attention_factor too.
 
     Raises ValueError, naming the field, for a missing one, or one that the kind does not have.
     """
@@ -51,8 +55,13 @@ class RotaryScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in _LISTS:
+            if isinstance(getattr(self, name), list):  # from JSON; a tuple keeps the config hashable
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.kind not in _FIELDS:
             hint = did_you_mean(self.kind, _FIELDS) if isinstance(self.kind, str) else ""
             raise self._reject("kind", f"one of {', '.join(map(repr, _FIELDS))}{hint}", "choose one of these")
@@ -72,7 +81,12 @@ class RotaryScaling:
             if field.name == "truncate":
                 if not isinstance(value, bool):
                     raise self._reject("truncate", "True or False", "give truncate as a bool")
-            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            elif field.name in _LISTS:
+                if not isinstance(value, tuple) or not value or not all(map(_is_positive, value)):
+                    raise self._reject(
+                        field.name, "positive, finite numbers, one for each pair", f"change {field.name}"
+                    )
+            elif not _is_positive(value):
                 raise self._reject(field.name, "a positive, finite number", f"change {field.name}")
 
     def _reject(self, name: str, expected: str, fix: str) -> ValueError:
@@ -80,7 +94,8 @@ class RotaryScaling:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not None, as plain values that JSON can hold."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return {name: list(value) if name in _LISTS else value for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> RotaryScaling:
@@ -108,3 +123,7 @@ class RotaryScaling:
     def build(self, max_seqlen: int) -> Scaling | None:
         """The frequencies' scaling for inputs of up to ``max_seqlen`` tokens."""
         return from_hugging_face(self.parameters(), max_positions=max_seqlen)
+
+
+def _is_positive(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 < value < math.inf

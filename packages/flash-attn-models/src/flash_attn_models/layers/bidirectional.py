@@ -15,6 +15,8 @@ from flash_attn_ops.attention import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flash_attn_models.tensor_parallel.plan import SINGLE_PROCESS, TensorParallel
+
 
 class BidirectionalSelfAttention(nn.Module):
     """out_proj(softmax(q k^T / sqrt(D)) v), with q, k, v from one projection; every token sees its whole sequence.
@@ -23,7 +25,10 @@ class BidirectionalSelfAttention(nn.Module):
         d_model: width of the input and output.
         n_head: heads, a divisor of d_model.
         bias: of the two projections.
+        qkv_bias: of the first one, if that is another.
         dropout: of the attention probabilities, in training.
+        parallel: the ranks over which heads are cut; a single process by default. Where they share the tokens in
+            training, x is this rank's part of its first dimension, and so is the result.
 
     Parameters: ``Wqkv`` with rows [q (H D) | k (H D) | v (H D)], and ``out_proj``.
     """
@@ -34,16 +39,22 @@ class BidirectionalSelfAttention(nn.Module):
         n_head: int,
         *,
         bias: bool = True,
+        qkv_bias: bool | None = None,
         dropout: float = 0.0,
+        parallel: TensorParallel = SINGLE_PROCESS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.n_head = n_head
+        self.parallel = parallel
         self.d_head = d_model // n_head
+        partition = parallel.heads(n_head, n_head, self.d_head)
+        self.n_head = len(partition.heads(parallel.group.rank)[0])  # of this rank
         self.dropout = dropout
-        self.Wqkv = nn.Linear(d_model, 3 * n_head * self.d_head, bias=bias, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(n_head * self.d_head, d_model, bias=bias, device=device, dtype=dtype)
+        self.Wqkv = parallel.qkv(
+            d_model, partition, bias=bias if qkv_bias is None else qkv_bias, device=device, dtype=dtype
+        )
+        self.out_proj = parallel.heads_out(d_model, partition, bias=bias, device=device, dtype=dtype)
 
     def forward(
         self,
@@ -62,10 +73,11 @@ class BidirectionalSelfAttention(nn.Module):
             max_seqlen: the longest sequence, a hint.
         """
         qkv = self.Wqkv(x).unflatten(-1, (3, self.n_head, self.d_head))
-        if cu_seqlens is None:
-            out = flash_attn_qkvpacked_func(qkv, self._dropout_p, key_padding_mask=key_padding_mask)
-        else:
-            out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, self._dropout_p)
+        with self.parallel.randomness_of_heads(self._dropout_p > 0.0):
+            if cu_seqlens is None:
+                out = flash_attn_qkvpacked_func(qkv, self._dropout_p, key_padding_mask=key_padding_mask)
+            else:
+                out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, self._dropout_p)
         return self.out_proj(out.flatten(-2))
 
     def forward_rows(
@@ -81,12 +93,25 @@ class BidirectionalSelfAttention(nn.Module):
             cu_seqlens, max_seqlen: of x.
 
         Returns:
-            (R,d_model).
+            (R,d_model). Where ranks share the tokens, this rank's part of it; they must divide R then, which may be
+            more than ``cu_rows[-1]``.
         """
-        q, k, v = self._project_apart(x.index_select(0, rows), x)
-        out = flash_attn_varlen_func(
-            q, k, v, cu_rows, cu_seqlens, max_seqlen, max_seqlen, dropout_p=self._dropout_p
-        )
+        return self.attend_rows(self.parallel.enter(x, self.training), rows, cu_rows, cu_seqlens, max_seqlen)
+
+    def attend_rows(
+        self,
+        entered: Tensor,
+        rows: Tensor,
+        cu_rows: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """``forward_rows`` of ``parallel.enter(x)``, for callers who need that too."""
+        q, k, v = self._project_apart(entered.index_select(0, rows), entered)
+        with self.parallel.randomness_of_heads(self._dropout_p > 0.0):
+            out = flash_attn_varlen_func(
+                q, k, v, cu_rows, cu_seqlens, max_seqlen, max_seqlen, dropout_p=self._dropout_p
+            )
         return self.out_proj(out.flatten(-2))
 
     def _project_apart(self, asking: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,9 @@ class Cache:
             waiting for the device.
         lengths: int32 (B,) on the cache's device: tokens of each sequence. Positions from there on hold no data.
         equal_lengths: whether every sequence has ``length`` tokens.
+        seqlens: in a forward pass whose rows have padding behind them, how many tokens of each are its own, (B,); None
+            is all. The model sets it, ``advance`` forgets it.
+        states: by layer, what it keeps of each sequence beside keys and values (depthwise convolutions do).
     """
 
     def __init__(
@@ -43,6 +48,8 @@ class Cache:
         self.length = 0
         self.equal_lengths = True
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=k[0].device)
+        self.seqlens: Tensor | None = None
+        self.states: dict[int, Tensor] = {}
 
     @property
     def max_positions(self) -> int:
@@ -91,11 +98,29 @@ class Cache:
         seqlens: integers (B,) on the cache's device, in [0, seqlen]; not read here. None is ``seqlen`` for all.
         """
         self.length += seqlen
+        self.seqlens = None
         if seqlens is None:
             self.lengths += seqlen
         else:
             self.lengths += seqlens
             self.equal_lengths = False
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Keep the first ``lengths[b]`` tokens of each sequence, as after drafts that were not accepted.
+
+        The lengths are known to the host, so that ``length`` is exact afterwards. ValueError if there are not as many
+        as sequences, or one is negative or above ``length``.
+        """
+        if len(lengths) != self.batch_size or not 0 <= min(lengths) <= max(lengths) <= self.length:
+            raise bad_argument(
+                "lengths",
+                list(lengths),
+                f"{self.batch_size} numbers from 0 to {self.length}, the tokens in the cache",
+                "pass how many tokens of each sequence to keep",
+            )
+        self.length = max(lengths)
+        self.equal_lengths = min(lengths) == self.length
+        self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
 
     def reset(self) -> None:
         """Forget all tokens; the buffers stay."""

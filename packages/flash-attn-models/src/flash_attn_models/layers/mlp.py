@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from flash_attn_ops.fused_dense import FusedGatedMLP, FusedMLP
 
 
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+class MLP(FusedMLP):
+    """fc2(activation(fc1(x))), computed by ``flash_attn_ops.fused_dense.mlp``, which has more options.
 
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": _gelu_tanh,
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
-
-
-class MLP(nn.Module):
-    """fc2(activation(fc1(x))), with activation "gelu_tanh", "gelu" or "relu"."""
+    Args:
+        activation: "gelu_tanh", "gelu", "relu", "squared_relu", "silu" or "sigmoid".
+        bias: of both layers.
+    """
 
     def __init__(
         self,
@@ -33,33 +24,39 @@ class MLP(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.activation = _ACTIVATIONS[activation]
-        self.fc1 = nn.Linear(d_model, d_inner, bias=bias, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(d_inner, d_model, bias=bias, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., d_model) -> (..., d_model)."""
-        return self.fc2(self.activation(self.fc1(x)))
+        super().__init__(
+            d_model, d_inner, bias1=bias, bias2=bias, activation=activation, device=device, dtype=dtype
+        )
 
 
-class GatedMLP(nn.Module):
-    """fc2(value * silu(gate)) with [value | gate] = fc1(x): SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+class GatedMLP(FusedGatedMLP):
+    """fc2(value * activation(gate)) with [value | gate] = fc1(x), computed by ``flash_attn_ops.fused_dense.gated_mlp``.
+
+    Args:
+        activation: "silu" is SwiGLU, "gelu" and "gelu_tanh" GEGLU, "relu" ReGLU, "sigmoid" GLU (Shazeer 2020,
+            arXiv 2002.05202).
+        bias: of both layers.
+        multiple_of: d_inner is rounded up to a multiple of it.
+    """
 
     def __init__(
         self,
         d_model: int,
         d_inner: int,
         *,
+        activation: str = "silu",
         bias: bool = True,
+        multiple_of: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(d_model, 2 * d_inner, bias=bias, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(d_inner, d_model, bias=bias, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., d_model) -> (..., d_model)."""
-        value, gate = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(value * F.silu(gate))
+        super().__init__(
+            *(d_model, d_inner),
+            bias1=bias,
+            bias2=bias,
+            activation=activation,
+            order="value_gate",
+            multiple_of=multiple_of,
+            device=device,
+            dtype=dtype,
+        )

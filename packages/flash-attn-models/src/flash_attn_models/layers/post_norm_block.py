@@ -38,6 +38,10 @@ class PostNormBlock(nn.Module):
         self, x: Tensor, rows: Tensor, cu_rows: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
     ) -> Tensor:
         """Only the given rows of the result: see ``BidirectionalSelfAttention.forward_rows``."""
-        attended = self.mixer.forward_rows(x, rows, cu_rows, cu_seqlens, max_seqlen)
+        parallel = self.mixer.parallel
+        entered = parallel.enter(x, self.training)
+        attended = self.mixer.attend_rows(entered, rows, cu_rows, cu_seqlens, max_seqlen)
+        if parallel.cuts_tokens(self.training):  # x has not all rows then
+            x, rows = entered, parallel.own_part(rows, self.training)
         x = self.norm1(attended, residual=x.index_select(0, rows))
         return self.norm2(self.mlp(x), residual=x)

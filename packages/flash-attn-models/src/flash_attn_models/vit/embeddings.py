@@ -9,6 +9,7 @@ from flash_attn_ops.patch_embed import PatchEmbed, patches_of
 from torch import Tensor, nn
 
 from flash_attn_models.errors import bad_argument
+from flash_attn_models.tensor_parallel.plan import SINGLE_PROCESS, TensorParallel
 from flash_attn_models.vit.config import ViTConfig
 from flash_attn_models.vit.positions import interpolate_positions
 
@@ -22,22 +23,29 @@ class ViTEmbeddings(nn.Module):
     cls_token: nn.Parameter | None
 
     def __init__(
-        self, config: ViTConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        config: ViTConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        parallel: TensorParallel = SINGLE_PROCESS,
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
+        self.parallel = parallel
         self.patch_embed = PatchEmbed(
             config.image_size, config.patch_size, config.n_channels, config.d_model, **factory
         )
         cls_token = nn.Parameter(torch.empty(1, 1, config.d_model, **factory)) if config.class_token else None
         self.register_parameter("cls_token", cls_token)
         self.position_embeddings = nn.Parameter(torch.empty(1, config.n_tokens, config.d_model, **factory))
+        parallel.mark(self)
         self.reset_parameters()
 
     def forward(self, images: Tensor, interpolate: bool = False) -> Tensor:
-        """images (B,C,height,width) -> (B,S,N). See ``ViTModel.forward``."""
+        """images (B,C,height,width) -> (B,S,N), or of this rank's images. See ``ViTModel.forward``."""
         self._check(images, interpolate)
+        images = self.parallel.own_part(images, self.training)
         positions: Tensor = self.position_embeddings
         if images.shape[2:] != self.config.image_pair:
             rows, columns = self.config.patch_pair

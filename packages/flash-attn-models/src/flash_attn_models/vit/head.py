@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import torch
 from flash_attn_ops.cross_entropy import cross_entropy
+from flash_attn_ops.distributed import GroupLike
 from torch import Tensor, nn
 
 from flash_attn_models.bert.model import initialize
 from flash_attn_models.errors import bad_argument
+from flash_attn_models.tensor_parallel.initial import count_parameters
 from flash_attn_models.vit.config import ViTConfig
 from flash_attn_models.vit.model import ViTModel
 
@@ -29,6 +31,8 @@ class ViTClassifierOutput(NamedTuple):
 class ViTForImageClassification(nn.Module):
     """head(dropout(features)). See ``ViTModel`` for the arguments and the initial weights.
 
+    All ranks have the whole head, and compute it alike.
+
     Raises:
         ValueError: ``config.n_classes`` is 0.
     """
@@ -39,12 +43,21 @@ class ViTForImageClassification(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: GroupLike = None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         if config.n_classes == 0:
             raise bad_argument("ViTConfig.n_classes", 0, "at least one class", "set it, or use ViTModel")
         self.config = config
-        self.vit = ViTModel(config, device=device, dtype=dtype)
+        self.vit = ViTModel(
+            config,
+            device=device,
+            dtype=dtype,
+            process_group=process_group,
+            sequence_parallel=sequence_parallel,
+        )
+        self.parallel = self.vit.parallel
         self.dropout = nn.Dropout(config.head_dropout)
         self.head = nn.Linear(config.d_model, config.n_classes, device=device, dtype=dtype)
         initialize(self.head, config.initializer_range)
@@ -80,4 +93,4 @@ class ViTForImageClassification(nn.Module):
 
     def num_parameters(self) -> int:
         """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return count_parameters(self)

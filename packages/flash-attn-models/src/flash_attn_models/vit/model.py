@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
-from flash_attn_ops.fused_dense import FusedMLP
+from flash_attn_ops.distributed import GroupLike
 from flash_attn_ops.norm import LayerNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flash_attn_models.bert.model import Pooler, initialize
 from flash_attn_models.errors import bad_argument
+from flash_attn_models.tensor_parallel.initial import count_parameters
+from flash_attn_models.tensor_parallel.plan import TensorParallel
 from flash_attn_models.vit.attention import ViTAttention
 from flash_attn_models.vit.block import Branch, ViTBlock
 from flash_attn_models.vit.config import ViTConfig
@@ -40,13 +43,19 @@ class ViTModel(nn.Module):
         config: the architecture.
         with_pooler: whether there is a pooler over the class token.
         device, dtype: of the parameters; None is torch's default. On device "meta" nothing is allocated.
+        process_group: the ranks over which heads and MLPs are cut: a ProcessGroup or a one-dimensional DeviceMesh; None
+            is a single process. With one seed on all ranks, weights start as in a single process.
+        sequence_parallel: in training mode, what is between layers is cut over the ranks too, along the images, which
+            they must divide. After backward, ``flash_attn_models.tensor_parallel.reduce_gradients(model)`` must be
+            called.
 
     Attributes:
         activation_checkpointing: if set to True, each layer is computed again in the backward pass instead of
             keeping what it computed. False after construction.
 
     Raises:
-        ValueError: a pooler without a class token, or with a norm after pooling.
+        ValueError: a pooler without a class token, or with a norm after pooling; heads or widths that the ranks cannot
+            share.
     """
 
     def __init__(
@@ -56,6 +65,8 @@ class ViTModel(nn.Module):
         with_pooler: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: GroupLike = None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         if with_pooler and (not config.class_token or config.norms_features):
@@ -68,10 +79,14 @@ class ViTModel(nn.Module):
             )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
+        self.parallel = parallel = TensorParallel.of(process_group, sequence_parallel)
         self.activation_checkpointing = False
-        self.embeddings = ViTEmbeddings(config, **factory)
-        self.layers = nn.ModuleList(_block(config, layer, factory) for layer in range(config.n_layer))
+        self.embeddings = ViTEmbeddings(config, parallel=parallel, **factory)
+        self.layers = nn.ModuleList(
+            _block(config, layer, parallel, factory) for layer in range(config.n_layer)
+        )
         self.norm = LayerNorm(config.d_model, eps=config.norm_eps, **factory)
+        parallel.mark(self.norm)
         self.pooler = Pooler(config.d_model, **factory) if with_pooler else None
         self.reset_parameters()
 
@@ -89,9 +104,11 @@ class ViTModel(nn.Module):
         Raises:
             ValueError: images of the wrong shape, dtype or device.
         """
-        branch = self._encode(images, interpolate_positions)
-        branch = self._run(self.layers[-1], branch)
-        hidden = branch.sum() if self.config.norms_features else self._normed(branch)
+        with self._randomness():
+            branch = self._encode(images, interpolate_positions)
+            branch = self._run(self.layers[-1], branch)
+            hidden = branch.sum() if self.config.norms_features else self._normed(branch)
+        hidden = self.parallel.whole(hidden, self.training)
         return ViTOutput(hidden, None if self.pooler is None else self.pooler(hidden[:, 0]))
 
     def features(self, images: Tensor, *, interpolate_positions: bool = False) -> Tensor:
@@ -100,7 +117,12 @@ class ViTModel(nn.Module):
         If the class token is what is pooled, the last layer computes nothing but keys and values for the others.
         Arguments and errors are those of ``forward``.
         """
-        branch = self._encode(images, interpolate_positions)
+        with self._randomness():
+            features = self._features(images, interpolate_positions)
+        return self.parallel.whole(features, self.training)
+
+    def _features(self, images: Tensor, interpolate: bool) -> Tensor:
+        branch = self._encode(images, interpolate)
         if self.config.pooling == "token":
             last = self.layers[-1]
             assert isinstance(last, ViTBlock)
@@ -118,10 +140,16 @@ class ViTModel(nn.Module):
 
     def num_parameters(self) -> int:
         """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        return count_parameters(self)
+
+    def _randomness(self) -> AbstractContextManager[None]:
+        config = self.config
+        rates = (config.dropout, config.embedding_dropout_p, config.attn_dropout, config.drop_path)
+        return self.parallel.randomness_of_tokens(self.training and max(rates) > 0.0)
 
     def _encode(self, images: Tensor, interpolate: bool) -> Branch:
         """All layers but the last."""
+        self.parallel.check_mode(self.training, images.shape[0], "images")
         x = self.embeddings(images, interpolate)
         branch = Branch(x, dropout=self.config.embedding_dropout_p if self.training else 0.0)
         for layer in self.layers[:-1]:
@@ -137,19 +165,26 @@ class ViTModel(nn.Module):
         return branch.norm(self.norm, self.config.residual_in_fp32)[0]
 
 
-def _block(config: ViTConfig, layer: int, factory: dict[str, Any]) -> ViTBlock:
+def _block(config: ViTConfig, layer: int, parallel: TensorParallel, factory: dict[str, Any]) -> ViTBlock:
     def norm() -> LayerNorm:
         return LayerNorm(config.d_model, eps=config.norm_eps, **factory)
 
     mixer = ViTAttention(
-        config.d_model, config.n_head, qkv_bias=config.qkv_bias, dropout=config.attn_dropout, **factory
+        config.d_model,
+        config.n_head,
+        qkv_bias=config.qkv_bias,
+        dropout=config.attn_dropout,
+        parallel=parallel,
+        **factory,
     )
-    return ViTBlock(
+    block = ViTBlock(
         norm(),
         mixer,
         norm(),
-        FusedMLP(config.d_model, config.inner_dim, activation=config.activation, **factory),
+        parallel.mlp(config.d_model, config.inner_dim, config.activation, **factory),
         dropout=config.dropout,
         drop_path=config.drop_path_of(layer),
         residual_in_fp32=config.residual_in_fp32,
     )
+    parallel.mark(block.norm1, block.norm2)
+    return block

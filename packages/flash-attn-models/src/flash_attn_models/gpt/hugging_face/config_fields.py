@@ -12,19 +12,22 @@ from flash_attn_models.gpt.config import GPTConfig
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Fields that any transformers config may carry and that do not change the logits: bookkeeping, what to
-# return, and settings of the generation loop that transformers 4 kept here.
+# return, settings of the generation loop that transformers 4 kept here, and what training tools leave behind.
 INERT_FIELDS = frozenset({
-    "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_name_or_path",
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+    "_commit_hash", "_name_or_path",
     "architectures", "auto_map", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward",
     "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
     "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
     "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label", "is_decoder",
-    "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length", "model_type",
+    "is_encoder_decoder", "label2id", "length_penalty", "max_length", "max_sequence_length", "min_length", "model_type",
+    "neftune_noise_alpha",
     "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
     "output_hidden_states", "output_scores", "prefix", "problem_type", "pruned_heads",
     "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
     "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
-    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
+    "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version",
     "use_bfloat16", "use_cache",
 })  # fmt: skip
 
@@ -93,10 +96,11 @@ def embedding_dropout_from(values: Mapping[str, Any], embedding: str, residual: 
     return None if values[embedding] == values[residual] else values[embedding]
 
 
-# What every family can express (or, as for dropout, leave out without another result).
+# What every family can express (or, as for dropout and the precision of the residual stream, leave out: the model is
+# the same).
 _EVERYWHERE = frozenset({
     "vocab_size", "max_seqlen", "n_layer", "n_head", "d_model", "d_inner", "norm_eps", "dropout",
-    "embedding_dropout", "attn_dropout", "initializer_range", *TOKEN_FIELDS,
+    "embedding_dropout", "attn_dropout", "residual_in_fp32", "initializer_range", *TOKEN_FIELDS,
 })  # fmt: skip
 
 

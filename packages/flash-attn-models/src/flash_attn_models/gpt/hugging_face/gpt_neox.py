@@ -59,8 +59,12 @@ _FIELDS = {
     "attention_dropout": "attn_dropout",
     "initializer_range": "initializer_range",
 }
-# A classification head's dropout; and one kernel that older versions had for the same function.
-_INERT = {"classifier_dropout", "gelu_fusion", "rotary_emb_base", "rotary_pct"}
+# A classification head's dropout; one kernel that older versions had for the same function; names of dropouts that
+# GPT-NeoX-20B's file has and nothing reads.
+_INERT = {
+    *("classifier_dropout", "gelu_fusion", "rotary_emb_base", "rotary_pct"),
+    *("attention_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout_prob"),
+}
 _SHARE = 0.25
 
 

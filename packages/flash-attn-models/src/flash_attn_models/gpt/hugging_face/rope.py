@@ -12,9 +12,10 @@ from flash_attn_models.gpt.config import GPTConfig
 from flash_attn_models.gpt.hugging_face.config_fields import unsupported
 from flash_attn_models.gpt.rotary_scaling import RotaryScaling
 
-ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
+_ORIGINAL = "original_max_position_embeddings"
+ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", _ORIGINAL})
 _DEFAULT_BASE = 10000.0
-_KINDS = ("linear", "dynamic", "yarn", "llama3")
+_KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ def rope_from(
                     field, fields[field], f"only rope_theta and rope_type, not {', '.join(rope)}"
                 )
             continue
+        if kind == "su":
+            kind = "longrope"  # its first name
+        if kind != "linear" and fields.get(_ORIGINAL) is not None:  # some configs have it beside the others
+            rope.setdefault(_ORIGINAL, fields[_ORIGINAL])
         scaling = _scaling_from(field, fields[field], kind, rope, max_seqlen)
     return Rope(_DEFAULT_BASE if base is None else base, scaling, share)
 
@@ -79,13 +84,13 @@ def _scaling_from(
         raise unsupported(
             field, given, f"rope_type 'default' or one of {', '.join(map(repr, _KINDS))}, not {kind!r}"
         )
-    original = parameters.pop("original_max_position_embeddings", None)
+    original = parameters.pop(_ORIGINAL, None)
     if kind == "dynamic":
         if original not in (None, max_seqlen):
             raise unsupported(
                 field, given, f"original_max_position_embeddings {max_seqlen}, the config's context"
             )
-    elif original is not None or kind in ("yarn", "llama3"):
+    elif original is not None or kind in ("yarn", "llama3", "longrope"):
         parameters["original_max_seqlen"] = max_seqlen if original is None else original
     try:
         return RotaryScaling.from_dict({"kind": kind, **parameters})
@@ -104,7 +109,7 @@ def rope_to(config: GPTConfig, *, share: bool = False) -> dict[str, Any]:
     if config.rotary_scaling is not None:
         scaling = config.rotary_scaling.parameters()
         if config.rotary_scaling.kind == "dynamic":
-            scaling.pop("original_max_position_embeddings", None)  # it is the context
+            scaling.pop(_ORIGINAL, None)  # it is the context
     if share:
         scaling["partial_rotary_factor"] = share_of(config)
     fields: dict[str, Any] = {

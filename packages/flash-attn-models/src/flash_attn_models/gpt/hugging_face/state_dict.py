@@ -50,6 +50,10 @@ class Entry:
     ``rows`` are their sizes along dimension 0, needed for more than one.
     ``interleaved`` says that theirs, one tensor, has the rows of each key/value head together, [q of its query heads |
     k | v], where ours has all queries before all keys before all values.
+    ``paired_heads`` are, for each of theirs, the number of heads whose rows are the pairs of dimensions that rotate
+    together, where ours have the first ones of all pairs before the second ones; 0 leaves the rows as they are.
+    ``swap_halves`` says that the second half of the rows of theirs, one tensor, is the first one of ours.
+    ``padding`` rows of theirs, one tensor, follow those that ours has; they are dropped, and zero on the way back.
     """
 
     ours: str
@@ -57,6 +61,9 @@ class Entry:
     rows: tuple[int, ...] = ()
     transposed: bool = False
     interleaved: Interleaved | None = None
+    paired_heads: tuple[int, ...] = ()
+    swap_halves: bool = False
+    padding: int = 0
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Our tensor from theirs."""
@@ -64,20 +71,43 @@ class Entry:
             tensors = [tensor.t() for tensor in tensors]
         if self.interleaved is not None:
             return self.interleaved.separate(tensors[0])
+        if self.paired_heads:
+            tensors = [
+                _rearrange_pairs(tensor, heads, (-1, 2)) if heads else tensor
+                for tensor, heads in zip(tensors, self.paired_heads, strict=True)
+            ]
+        if self.swap_halves:
+            return torch.cat(tensors[0].chunk(2)[::-1])
+        if self.padding:
+            return tensors[0][: -self.padding]
         return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Their tensors from ours; the inverse of ``join``. Contiguous."""
         if self.interleaved is not None:
             tensor = self.interleaved.mix(tensor)
+        if self.swap_halves:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        if self.padding:
+            tensor = torch.cat([tensor, tensor.new_zeros(self.padding, *tensor.shape[1:])])
         tensors = [tensor] if len(self.theirs) == 1 else list(tensor.split(list(self.rows)))
+        if self.paired_heads:
+            tensors = [
+                _rearrange_pairs(part, heads, (2, -1)) if heads else part
+                for part, heads in zip(tensors, self.paired_heads, strict=True)
+            ]
         return [(part.t() if self.transposed else part).contiguous() for part in tensors]
 
     def split_shapes(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
         """The shapes of their tensors when ours has this shape."""
-        first_sizes = self.rows if len(self.theirs) > 1 else (shape[0],)
+        first_sizes = self.rows if len(self.theirs) > 1 else (shape[0] + self.padding,)
         shapes = [(rows, *shape[1:]) for rows in first_sizes]
         return [part[::-1] if self.transposed else part for part in shapes]
+
+
+def _rearrange_pairs(tensor: Tensor, heads: int, rows_of_head: tuple[int, int]) -> Tensor:
+    """Rows of each head: pairs to halves, for rows seen as (-1, 2), and halves to pairs, for (2, -1)."""
+    return tensor.unflatten(0, (heads, *rows_of_head)).transpose(1, 2).flatten(0, 2)
 
 
 @dataclass(frozen=True)
@@ -174,11 +204,12 @@ def make_layout(
     *,
     head: str = "lm_head",
     other_head: str | None = None,
+    head_padding: int = 0,
 ) -> Layout:
     """The layout of these entries, the embedding first, and of an untied head, with the name ``head`` or, in other
-    files, ``other_head``, if there is one."""
+    files, ``other_head``, if there is one. ``head_padding`` rows of theirs are no tokens."""
     if not config.tie_embeddings:
-        entries = [*entries, *linear_entries("lm_head", head, config.head_bias)]
+        entries = [*entries, *linear_entries("lm_head", head, config.head_bias, padding=head_padding)]
     return Layout(
         entries=tuple(entries),
         base_prefix=base_prefix,
