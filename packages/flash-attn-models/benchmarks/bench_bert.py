@@ -265,14 +265,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for case, config in cases(arguments.smoke, arguments.quick):
         compiles = not (arguments.smoke or arguments.no_compile)
-        measured = measure(case, config, arguments.smoke, compiles, samples=6 if arguments.quick else 15)
+        measured = measure(case, config, arguments.smoke, compiles, samples=6 if arguments.quick else 9)
         rows += measured
         for row in measured:
             print("  ".join(str(value) for value in row.values()), flush=True)
         if not arguments.smoke:
+            write_result(arguments.json, "bert", rows, ceilings)
             torch.cuda.empty_cache()
-    if not arguments.smoke:
-        write_result(arguments.json, "bert", rows, ceilings)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import signal
 import statistics
@@ -110,10 +111,10 @@ def main() -> None:
         for batch in sizes.prefill_batches:
             rows += prefill_rows(name, ours, theirs, sizes, batch)
         del ours, theirs
+        if not arguments.smoke:
+            write_result(arguments.json, "generate", rows, ceilings)
         if sizes.device == "cuda":
             torch.cuda.empty_cache()
-    if not arguments.smoke:
-        write_result(arguments.json, "generate", rows, ceilings)
 
 
 def transformers_model(ours: GPTLMHeadModel, model_type: str) -> Any:
@@ -135,13 +136,18 @@ def transformers_model(ours: GPTLMHeadModel, model_type: str) -> Any:
 
 @torch.no_grad()
 def check_agreement(ours: GPTLMHeadModel, theirs: Any, sizes: Sizes) -> None:
-    """Logits agree to the rounding of the dtype."""
+    """Our logits are no further from transformers' in float32 than twice its own in the dtype of the benchmark."""
     ids = random_ids(ours, 2, sizes.prompt)
-    a, b = ours(ids).float(), theirs(ids).logits.float()
-    error = ((a - b).norm() / b.norm()).item()
-    limit = 3e-2 if sizes.dtype == torch.bfloat16 else 1e-4
-    if not error < limit:
-        raise RuntimeError(f"logits differ from those of transformers: relative difference {error:.2e}")
+    exact = copy.deepcopy(theirs).float()(ids).logits
+    ours_off, theirs_off = (
+        (model - exact).norm() for model in (ours(ids).float(), theirs(ids).logits.float())
+    )
+    slack = 1e-4 * exact.norm()
+    if not ours_off <= 2 * theirs_off + slack:
+        raise RuntimeError(
+            f"logits are {ours_off / exact.norm():.2e} away from those in float32, transformers' "
+            f"{theirs_off / exact.norm():.2e}"
+        )
 
 
 def random_ids(model: GPTLMHeadModel, batch: int, seqlen: int) -> torch.Tensor:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from flash_attn_train.configs import (
     CheckpointConfig,
-    DataConfig,
     GenerationConfig,
-    LoggingConfig,
-    ModelConfig,
+    GPTModelConfig,
+    LoggerConfig,
+    TextDataConfig,
     TokenizerConfig,
     TrainConfig,
     TrainerConfig,
@@ -47,11 +47,11 @@ def small_config(corpus_folder: Path, token_cache: Path, tmp_path: Path) -> Call
     def build(**changes: Any) -> TrainConfig:
         config = TrainConfig(
             output_dir=str(tmp_path / "run"),
-            data=DataConfig(path=str(corpus_folder), val_fraction=0.2, cache_dir=str(token_cache)),
+            data=TextDataConfig(path=str(corpus_folder), val_fraction=0.2, cache_dir=str(token_cache)),
             tokenizer=TokenizerConfig(vocab_size=300),
-            model=ModelConfig(max_seqlen=16, n_layer=1, n_head=2, d_model=16),
+            model=GPTModelConfig(max_seqlen=16, n_layer=1, n_head=2, d_model=16),
             trainer=TrainerConfig(max_steps=6, batch_size=4, val_every_n_steps=3, val_sequences=8),
-            logging=LoggingConfig(every_n_steps=1, tensorboard=False),
+            logger=LoggerConfig(every_n_steps=1, tensorboard=False),
             checkpoint=CheckpointConfig(every_n_steps=2),
             generation=GenerationConfig(max_new_tokens=4),
         )

@@ -8,33 +8,72 @@ import sys
 from pathlib import Path
 
 import pytest
-from flash_attn_train.cli import compose_config, main, show_default
-from flash_attn_train.configs.checks import options
-from flash_attn_train.configs.presets import MODELS, PRESETS
+from flash_attn_train.cli import compose_config, main
+from flash_attn_train.cli_help import help_text, show_default
+from flash_attn_train.configs import GPTModelConfig, HuggingFaceModelConfig, TextDataConfig
+from flash_attn_train.configs.optimizer import LambConfig
+from flash_attn_train.configs.store import DEFAULTS, SCHEMAS, all_options, entries
 from flash_attn_train.errors import ConfigError
 
 
-def test_preset_model_and_keys_compose() -> None:
-    config = compose_config(["preset=smoke", "model=gpt2", "model.n_layer=3", "data.suffixes=[.txt,.md]"])
+def test_experiment_model_and_keys_compose() -> None:
+    config = compose_config(
+        ["experiment=smoke", "model=gpt2", "model.n_layer=3", "data.suffixes=[.txt,.md]", "optimizer=lamb"]
+    )
     assert config.output_dir == "runs/smoke"
-    assert config.model.d_model == PRESETS["smoke"]["model"]["d_model"]
+    assert isinstance(config.model, GPTModelConfig) and isinstance(config.optimizer, LambConfig)
+    assert isinstance(config.data, TextDataConfig)
     assert (config.model.norm, config.model.position) == ("layer_norm", "learned")
     assert config.model.n_layer == 3
     assert config.data.suffixes == [".txt", ".md"]
 
 
-def test_key_wins_over_preset_in_any_order() -> None:
-    assert compose_config(["model.n_layer=7", "preset=quickstart"]).model.n_layer == 7
+@pytest.mark.parametrize("sign", ["", "+"])
+def test_new_entries_of_a_mapping(sign: str) -> None:
+    config = compose_config(
+        ["experiment=owt/gpt2s-hf", f"{sign}model.config.n_inner=96", "model.config.n_layer=3"]
+    )
+    assert isinstance(config.model, HuggingFaceModelConfig)
+    assert (config.model.config["n_inner"], config.model.config["n_layer"]) == (96, 3)
 
 
-def test_quickstart_is_the_default() -> None:
-    assert compose_config([]) == compose_config(["preset=quickstart", "model=llama"])
+def test_key_wins_over_experiment_in_any_order() -> None:
+    config = compose_config(["model.n_layer=7", "experiment=quickstart"])
+    assert isinstance(config.model, GPTModelConfig) and config.model.n_layer == 7
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("model", MODELS)
-def test_all_combinations_compose(preset: str, model: str) -> None:
-    compose_config([f"preset={preset}", f"model={model}"])
+def test_quickstart_is_the_default_and_preset_another_word_for_experiment() -> None:
+    assert (
+        compose_config([])
+        == compose_config(["preset=quickstart"])
+        == compose_config(["experiment=quickstart"])
+    )
+
+
+def test_a_named_model_has_its_own_size_in_any_experiment() -> None:
+    config = compose_config(["experiment=quickstart", "model=gpt2-medium"])
+    assert isinstance(config.model, GPTModelConfig)
+    assert (config.model.n_layer, config.model.d_model) == (24, 1024)
+
+
+@pytest.mark.parametrize(
+    "group", [name for name in SCHEMAS if name not in ("experiment", "mode", "model", "task", "data")]
+)
+def test_every_entry_of_a_group_composes(group: str) -> None:
+    for name in entries(group):
+        compose_config([f"{group}={name}"])
+
+
+def test_own_groups_from_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [override /model: gpt2-small]\nseed: 7\n"
+    )
+    assert ", mine, " in help_text("experiment", [tmp_path])
+    config = compose_config(["experiment=mine", f"--config-dir={tmp_path}"])
+    assert config.seed == 7 and isinstance(config.model, GPTModelConfig) and config.model.n_layer == 12
+    with pytest.raises(ConfigError, match="is not a folder"):
+        compose_config([f"--config-dir={tmp_path / 'nowhere'}"])
 
 
 @pytest.mark.parametrize(
@@ -50,9 +89,23 @@ def test_all_combinations_compose(preset: str, model: str) -> None:
         ("optimizer.lr=fast", ["optimizer.lr", "got 'fast' (str)", "expected a number"]),
         ("data.suffixes=.txt", ["data.suffixes", "got '.txt' (str)", "expected a list of text"]),
         ("data.suffixes=[{a:1}]", ["data.suffixes"]),
-        ("preset=quick", ["preset: got 'quick'", "expected one of quickstart, smoke"]),
-        ("preset=[smoke]", ["preset: got"]),
-        ("model=bert", ["model: got 'bert'", "expected one of llama, gpt2"]),
+        ("preset=quick", ["experiment: got 'quick'", "quickstart", "owt/gpt2s"]),
+        ("preset=[smoke]", ["experiment: got"]),
+        ("model=bart", ["model: got 'bart'", "bert-base", "gpt2-xl"]),
+        (
+            "model=bert-base",
+            ["model: got BertModelConfig for the task LanguageModelConfig", "GPTModelConfig"],
+        ),
+        (
+            "task.mask_probability=0.2",
+            ["task.mask_probability: the chosen task has no such key", "masked_lm"],
+        ),
+        (
+            "model.config.n_layer=3",
+            ["model.config.n_layer: the chosen model has no such key", "hugging_face"],
+        ),
+        ("trainer.gpus=2", ["'trainer.gpus'", "'trainer.", "--help=trainer"]),
+        ("experiment=gpt2s", ["The nearest is 'owt/gpt2s'"]),
         ("~model.n_layer", ["'~model.n_layer'", "expected key=value"]),
         ("model.n_layer=1,2", ["'model.n_layer=1,2'", "one value"]),
         ("quickstart", ["'quickstart'", "expected key=value"]),
@@ -75,21 +128,59 @@ def test_error_goes_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[str
     assert captured.err.startswith("flash-attn-train: error: unknown config key 'model.n_layr'")
 
 
-def test_help_lists_presets_and_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_groups_and_sections_on_a_few_screens(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert "preset: quickstart (default), smoke" in text
-    assert "flash-attn-train preset=quickstart" in text
-    for option in options():
-        assert f"  {option.key}=" in text
-        assert option.metadata["help"] in text
+    for group, default in DEFAULTS.items():
+        assert f"  {group}: {default}" in text
+        assert all(name in text for name in entries(group))
+    for section, options in all_options():
+        assert f"  {section}" in text if section else f"  {options[0].key}=" in text
+    lines = text.splitlines()
+    assert len(lines) < 130 and max(map(len, lines)) <= 120
+
+
+def test_help_on_everything_has_every_option() -> None:
+    text = help_text("all")
+    for _, section in all_options():
+        for option in section:
+            assert f"  {option.key}=" in text
+            assert option.metadata["help"] in text
+
+
+@pytest.mark.parametrize(
+    ("topic", "parts", "absent"),
+    [
+        (
+            "model",
+            ["model: llama, bert", "model.gpt: A decoder", "model.vit: A vision", "model.n_head_kv="],
+            "seed=",
+        ),
+        ("model.bert", ["model.bert: ", "  model.n_layer=12"], "n_head_kv"),
+        ("trainer", ["trainer: default, cpu", "  trainer.max_steps=500"], "model."),
+        ("optimizer.momentum", ["optimizer.sgd: ", "  optimizer.momentum=0.9"], "lamb"),
+        ("experiment", ["experiment: quickstart", "owt/gpt2s"], "="),
+        ("seed", ["  seed=0"], "resume"),
+    ],
+)
+def test_help_on_a_section(topic: str, parts: list[str], absent: str) -> None:
+    text = help_text(topic)
+    assert all(part in text for part in parts)
+    assert absent not in text
+
+
+def test_help_on_what_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help=modl"]) == 2
+    assert "unknown config key 'modl': the nearest valid name is 'model'" in capsys.readouterr().err
 
 
 def test_readme_has_the_options_as_they_are() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     table = [line for line in readme.splitlines() if line.startswith("| `")]
-    for option in options():
-        assert f"| `{option.key}` | `{show_default(option)}` | {option.metadata['help']} |" in table
+    for _, section in all_options():
+        for option in section:
+            meaning = option.metadata["help"].replace("|", "\\|")
+            assert f"| `{option.key}` | `{show_default(option)}` | {meaning} |" in table
 
 
 def test_print_config_writes_a_config_that_composes_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +198,17 @@ def test_help_is_fast_because_it_loads_neither_torch_nor_hydra() -> None:
         "assert not {'torch', 'hydra', 'pytorch_lightning', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_ctrl_c_before_training(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flash_attn_train.run.build_data", interrupted)
+    assert main([f"output_dir={tmp_path / 'run'}"]) == 130
+    assert capsys.readouterr().err == "flash-attn-train: interrupted\n"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 from flash_attn_models.gpt import GPTConfig
-from flash_attn_train.configs import ModelConfig, SchedulerConfig, TrainConfig, check_config
+from flash_attn_train.configs import (
+    BertModelConfig,
+    CosineConfig,
+    GPTModelConfig,
+    MaskedLMConfig,
+    TrainConfig,
+    check_config,
+)
 from flash_attn_train.configs.checks import flatten, options
-from flash_attn_train.configs.presets import MODELS, PRESETS
 from flash_attn_train.errors import ConfigError
 
 
@@ -37,7 +43,7 @@ def test_defaults_pass() -> None:
         ("model.dropout", 1.0, "model.dropout: got 1.0, expected a number, at least 0.0 and below 1.0."),
         ("model.norm", "batch", "model.norm: got 'batch', expected one of layer_norm, rms_norm."),
         ("data.suffixes", ".py", "data.suffixes: got '.py' (str), expected a list of text."),
-        ("logging.tensorboard", "yes", "logging.tensorboard: got 'yes' (str), expected true or false."),
+        ("logger.tensorboard", "yes", "logger.tensorboard: got 'yes' (str), expected true or false."),
         ("model.n_head", 3, "model.d_model: got 256, expected a multiple of model.n_head (3)"),
         ("model.n_head_kv", 3, "model.n_head_kv: got 3, expected a divisor of model.n_head (4)"),
         ("scheduler.warmup_steps", 501, "scheduler.warmup_steps: got 501, expected at most 500"),
@@ -54,34 +60,43 @@ def test_whole_number_is_a_number() -> None:
 
 
 def test_warmup_is_compared_with_the_schedule_that_holds() -> None:
-    config = TrainConfig(scheduler=SchedulerConfig(warmup_steps=600, decay_steps=1000))
+    config = TrainConfig(scheduler=CosineConfig(warmup_steps=600, decay_steps=1000))
     check_config(config)
 
 
-def test_flatten_has_every_option() -> None:
+def test_flatten_has_every_option_and_the_variant_of_every_section() -> None:
     flat = flatten(TrainConfig())
-    assert list(flat) == [option.key for option in options()]
-    assert flat == {option.key: option.default for option in options()}
+    assert {option.key: option.default for option in options()}.items() <= flat.items()
+    others = set(flat) - {option.key for option in options()}
+    assert others == {"task", "model", "data", "optimizer", "scheduler", "strategy"}
+    assert flat["optimizer"] == "AdamWConfig"
 
 
-@pytest.mark.parametrize("partial", [*PRESETS.values(), *({"model": entry} for entry in MODELS.values())])
-def test_presets_have_only_known_keys(partial: dict[str, Any]) -> None:
-    known = {option.key for option in options()}
-    for section, value in partial.items():
-        keys = {f"{section}.{name}" for name in value} if isinstance(value, dict) else {section}
-        assert keys <= known
+def test_options_are_those_of_the_chosen_variants() -> None:
+    config = TrainConfig(task=MaskedLMConfig(), model=BertModelConfig())
+    keys = {option.key for option in options(config)}
+    assert "task.mask_probability" in keys and "task.documents" not in keys
+    assert "model.n_head_kv" not in keys
+    check_config(config)
 
 
-def test_quickstart_has_a_head_dimension_that_the_cuda_kernels_take() -> None:
-    model = PRESETS["quickstart"]["model"]
-    assert model["d_model"] / model["n_head"] in (64, 128)
+def test_model_that_cannot_learn_the_task_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"model: got GPTModelConfig for the task MaskedLMConfig, expected Bert"
+    ):
+        check_config(TrainConfig(task=MaskedLMConfig()))
 
 
 def test_model_options_are_those_of_the_model() -> None:
     """Same names, types and defaults, so that passing them on by name means the same."""
     theirs = {field.name: field for field in dataclasses.fields(GPTConfig)}
-    their_types, our_types = typing.get_type_hints(GPTConfig), typing.get_type_hints(ModelConfig)
-    for field in dataclasses.fields(ModelConfig):
+    their_types, our_types = typing.get_type_hints(GPTConfig), typing.get_type_hints(GPTModelConfig)
+    ours = {field.name for field in dataclasses.fields(GPTModelConfig)}
+    translated = {"warm_start", "warm_start_skip", "rotary_fraction", "rotary_scaling", "pad_vocab_multiple"}
+    assert translated <= ours
+    for field in dataclasses.fields(GPTModelConfig):
+        if field.name in translated:
+            continue
         assert our_types[field.name] == their_types[field.name]
         if theirs[field.name].default is not dataclasses.MISSING:
             assert field.default == theirs[field.name].default

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from flash_attn_train.loggers import MetricsCSV, read_metrics
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 COLUMNS = ("loss", "speed")
 
@@ -38,6 +39,30 @@ def test_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     assert read_metrics(file) == []
 
 
-def test_unknown_metric(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got \\['los'\\], expected only \\['loss', 'speed'\\]"):
-        MetricsCSV(tmp_path / "metrics.csv", COLUMNS).log_metrics({"los": 1.0}, step=1)
+def test_new_metric_adds_a_column(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    log = MetricsCSV(file, COLUMNS)
+    log.log_metrics({"loss": 0.1 + 0.2, "speed": 1e-17}, step=1)
+    log.log_metrics({"loss": 2.0, "val/loss": 3.0}, step=2)
+    log.log_metrics({"speed": 4.0}, step=3)
+    assert file.read_text().splitlines() == [
+        "step,loss,speed,val/loss",
+        "1,0.30000000000000004,1e-17,",
+        "2,2.0,,3.0",
+        "3,,4.0,",
+    ]
+    # Resumed with other columns: those of the file stay where they are.
+    MetricsCSV(file, ("speed", "norm"), resume_step=2).log_metrics({"norm": 5.0, "loss": 6.0}, step=3)
+    assert file.read_text().splitlines() == [
+        "step,loss,speed,val/loss,norm",
+        "1,0.30000000000000004,1e-17,,",
+        "2,2.0,,3.0,",
+        "3,6.0,,,5.0",
+    ]
+
+
+def test_only_the_first_process_touches_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    log = MetricsCSV(tmp_path / "metrics.csv", COLUMNS)
+    log.log_metrics({"loss": 1.0}, step=1)
+    assert list(tmp_path.iterdir()) == []

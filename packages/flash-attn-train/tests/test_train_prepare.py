@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import json
+import multiprocessing
 import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import flash_attn_train.data.prepare
+import flash_attn_train.data.tokens
+import flash_attn_train.data.verified
 import numpy as np
 import pytest
-from flash_attn_train.configs import TokenizerConfig
+from flash_attn_train.configs.data import TokenizerConfig
 from flash_attn_train.data import Corpus, PreparedData, prepare_data, read_corpus
-from flash_attn_train.data.tokenizer import END_OF_TEXT, pieces, train_tokenizer
-from flash_attn_train.errors import DataError
+from flash_attn_train.data.encode import encode_documents
+from flash_attn_train.data.entry import verify_entry
+from flash_attn_train.data.special_tokens import END_OF_TEXT
+from flash_attn_train.data.tokenizer import train_tokenizer
+from flash_attn_train.errors import ConfigError, DataError
+from tokenizers import Tokenizer
 
 TOKENIZER = TokenizerConfig(vocab_size=300)
+FILES = (
+    "tokenizer.json",
+    "train-00000.bin",
+    "train.documents.bin",
+    "validation-00000.bin",
+    "validation.documents.bin",
+)
 
 
 @pytest.fixture
@@ -21,35 +42,47 @@ def corpus(corpus_folder: Path) -> Corpus:
     return read_corpus(str(corpus_folder), val_fraction=0.2)
 
 
-def prepare(corpus: Corpus, cache: Path, **changes: int) -> PreparedData:
-    return prepare_data(
-        corpus, TokenizerConfig(**{"vocab_size": 300, **changes}), seqlen=16, cache_dir=str(cache)
-    )
+def prepare(corpus: Corpus, cache: Path, detokenizer: str = "none", **changes: object) -> PreparedData:
+    config = TokenizerConfig(**{"vocab_size": 300, **changes})  # type: ignore[arg-type]
+    return prepare_data(corpus, config, seqlen=16, cache_dir=str(cache), detokenizer=detokenizer)
+
+
+def entries(cache: Path) -> list[Path]:
+    """What is in the cache besides locks."""
+    return [path for path in cache.iterdir() if path.suffix != ".lock"]
 
 
 def test_tokens_are_the_documents_each_with_an_end(corpus: Corpus, tmp_path: Path) -> None:
     data = prepare(corpus, tmp_path)
     assert 257 < data.vocab_size <= 300
     end = data.tokenizer.token_to_id(END_OF_TEXT)
-    for tokens, documents in ((data.train, corpus.train), (data.validation, corpus.validation)):
-        assert np.count_nonzero(tokens == end) == len(documents)
-        assert tokens[-1] == end
-        parts = np.split(np.array(tokens), np.flatnonzero(tokens == end) + 1)[:-1]
-        assert [data.tokenizer.decode(part[:-1].tolist()) for part in parts] == [d.text() for d in documents]
+    assert data.special.end_of_text == end
+    for split, documents in (("train", corpus.train), ("validation", corpus.validation)):
+        tokens, starts = np.asarray(data.splits[split].tokens), data.splits[split].starts
+        assert data.splits[split].num_documents == len(documents) == np.count_nonzero(tokens == end)
+        assert starts[0] == 0 and starts[-1] == len(tokens) and starts.dtype == np.uint64
+        assert (tokens[starts[1:].astype(int) - 1] == end).all()
+        parts = [tokens[int(a) : int(b) - 1] for a, b in itertools.pairwise(starts)]
+        assert [data.tokenizer.decode(part.tolist()) for part in parts] == [d.text() for d in documents]
+        assert data.splits[split].num_bytes == corpus.num_bytes[split]
 
 
 def test_tokenizer_has_seen_the_training_split_only(corpus: Corpus, tmp_path: Path) -> None:
     swapped = Corpus(corpus.title, corpus.train, corpus.validation[:1], (), "")
-    assert (
-        prepare(corpus, tmp_path / "a").tokenizer.to_str()
-        == prepare(swapped, tmp_path / "b").tokenizer.to_str()
-    )
+    one, other = prepare(corpus, tmp_path / "a"), prepare(swapped, tmp_path / "b")
+    assert one.tokenizer.to_str() == other.tokenizer.to_str()
+
+
+def test_tokenizer_is_trained_on_so_many_characters(corpus: Corpus, tmp_path: Path) -> None:
+    first = Corpus(corpus.title, corpus.train[:1], corpus.validation, (), "")
+    limited = prepare(corpus, tmp_path, train_characters=1)
+    assert limited.tokenizer.to_str() == prepare(first, tmp_path).tokenizer.to_str()
 
 
 def test_building_twice_gives_the_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
     one, other = (prepare(corpus, tmp_path / name) for name in "ab")
     assert one.key == other.key
-    for name in ("tokenizer.json", "train.bin", "validation.bin"):
+    for name in (*FILES, "entry.json"):
         first, second = (data.tokenizer_file.with_name(name).read_bytes() for data in (one, other))
         assert first == second
 
@@ -59,8 +92,8 @@ def test_cache_is_used_again(corpus: Corpus, tmp_path: Path, monkeypatch: pytest
     assert not first.from_cache
     monkeypatch.setattr(flash_attn_train.data.prepare, "train_tokenizer", None)  # would fail if called
     second = prepare(corpus, tmp_path)
-    assert second.from_cache
-    np.testing.assert_array_equal(first.train, second.train)
+    assert second.from_cache and second.key == first.key
+    np.testing.assert_array_equal(np.asarray(first.train), np.asarray(second.train))
 
 
 @pytest.mark.parametrize("changes", [{"vocab_size": 280}, {"min_frequency": 50}])
@@ -75,13 +108,70 @@ def test_other_split_is_another_entry(corpus: Corpus, corpus_folder: Path, tmp_p
     assert prepare(corpus, tmp_path).key != prepare(other, tmp_path).key
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "train.bin", "validation.bin"])
+def test_detokenizer_is_part_of_the_key_and_acts(corpus: Corpus, tmp_path: Path) -> None:
+    first, second = prepare(corpus, tmp_path), prepare(corpus, tmp_path, "lambada")
+    assert first.key != second.key and not second.from_cache
+    assert second.tokenizer.decode(np.asarray(second.train)[:40].tolist()).startswith("\nthe")
+    assert first.splits["validation"].num_bytes == second.splits["validation"].num_bytes
+
+
+def test_a_tokenizer_file_is_taken_as_it_is(corpus: Corpus, tmp_path: Path) -> None:
+    trained = prepare(corpus, tmp_path)
+    given = prepare(corpus, tmp_path, path=str(trained.tokenizer_file))
+    folder = prepare(corpus, tmp_path, path=str(trained.tokenizer_file.parent))
+    assert given.key == trained.key  # the same tokens, so the same data
+    assert given.tokenizer_file != trained.tokenizer_file and folder.from_cache
+    with pytest.raises(ConfigError, match=r"tokenizer\.name: got 'gpt2' together with tokenizer\.path"):
+        prepare(corpus, tmp_path, path="somewhere", name="gpt2")
+
+
+@pytest.mark.parametrize("name", [*FILES, "entry.json"])
 def test_damaged_entry_is_an_error_that_names_the_file(corpus: Corpus, tmp_path: Path, name: str) -> None:
     file = prepare(corpus, tmp_path).tokenizer_file.with_name(name)
     os.truncate(file, file.stat().st_size - 3)
     with pytest.raises(DataError) as error:
         prepare(corpus, tmp_path)
-    assert str(file) in str(error.value)
+    assert str(file) in str(error.value) and "Delete the folder" in str(error.value)
+
+
+def test_a_whole_file_of_another_build_is_found(corpus: Corpus, tmp_path: Path) -> None:
+    one, other = prepare(corpus, tmp_path), prepare(corpus, tmp_path, vocab_size=280)
+    name = "train-00000.bin"
+    one.tokenizer_file.with_name(name).write_bytes(other.tokenizer_file.with_name(name).read_bytes())
+    with pytest.raises(DataError, match=r"train-00000\.bin does not match its checksum in entry\.json"):
+        prepare(corpus, tmp_path)
+
+
+def test_large_files_are_hashed_once_and_again_when_they_change(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(flash_attn_train.data.verified, "ALWAYS_BYTES", 0)
+    file = prepare(corpus, tmp_path).tokenizer_file.with_name("train-00000.bin")
+    assert f"checking {file}" in capsys.readouterr().out
+    prepare(corpus, tmp_path)
+    assert "checking" not in capsys.readouterr().out
+    status = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="does not match its checksum"):
+        prepare(corpus, tmp_path)
+    os.utime(
+        file, ns=(status.st_atime_ns, status.st_mtime_ns)
+    )  # as decay of the disk: nothing tells of it ...
+    prepare(corpus, tmp_path)
+    with pytest.raises(DataError, match="does not match its checksum"):  # ... but reading it all
+        verify_entry(file.parent)
+
+
+def test_files_of_limited_size(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = prepare(corpus, tmp_path / "whole")
+    monkeypatch.setattr(flash_attn_train.data.tokens, "SHARD_TOKENS", 1000)
+    parts = prepare(corpus, tmp_path / "parts")
+    assert {len(shard) for shard in parts.train.shards[:-1]} == {1000}
+    assert 0 < len(parts.train.shards[-1]) <= 1000
+    np.testing.assert_array_equal(np.asarray(whole.train), np.asarray(parts.train))
+    assert verify_entry(parts.tokenizer_file.parent) > 2 * len(parts.train)
 
 
 def test_interrupted_build_leaves_no_entry(
@@ -91,22 +181,82 @@ def test_interrupted_build_leaves_no_entry(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(flash_attn_train.data.prepare, "write_token_file", interrupt)
+        patch.setattr(flash_attn_train.data.prepare, "write_shards", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(corpus, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert entries(tmp_path) == []
     assert not prepare(corpus, tmp_path).from_cache
 
 
-def test_entry_that_another_process_finished_first_is_taken(
-    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_killed_build_left_is_removed(corpus: Corpus, tmp_path: Path) -> None:
+    entry = prepare(corpus, tmp_path).tokenizer_file.parent
+    left_over = tmp_path / f"{entry.name}.{socket.gethostname()}.abc.tmp"
+    entry.rename(left_over)
+    of_another_machine = tmp_path / f"{entry.name}.elsewhere.abc.tmp"
+    of_another_machine.mkdir()
+    assert not prepare(corpus, tmp_path).from_cache
+    assert sorted(entries(tmp_path)) == [entry, of_another_machine]
+
+
+def _prepare_slowly(folder: str, cache: str, seconds: float, results: multiprocessing.Queue) -> None:
+    original = flash_attn_train.data.prepare.write_shards
+
+    def slow(*args: object, **options: object) -> list[str]:
+        time.sleep(seconds)
+        return original(*args, **options)  # type: ignore[arg-type]
+
+    flash_attn_train.data.prepare.write_shards = slow
+    data = prepare(read_corpus(folder, val_fraction=0.2), Path(cache))
+    results.put((data.key, len(entries(Path(cache)))))
+
+
+def test_one_process_builds_and_the_other_waits(
+    corpus: Corpus, corpus_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = prepare(corpus, tmp_path)
-    entry = other.tokenizer_file.parent
-    before = {file.name: file.stat().st_mtime_ns for file in entry.iterdir()}
-    flash_attn_train.data.prepare._build(corpus, TOKENIZER, entry)
-    assert {file.name: file.stat().st_mtime_ns for file in entry.iterdir()} == before
-    assert list(tmp_path.iterdir()) == [entry]
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    other = context.Process(target=_prepare_slowly, args=(str(corpus_folder), str(tmp_path), 0.5, results))
+    other.start()
+    while not list(tmp_path.glob("*.tmp")):
+        time.sleep(0.01)
+    data = prepare(corpus, tmp_path)
+    assert "another process prepares the same data" in capsys.readouterr().out
+    assert results.get(timeout=30) == (data.key, 1)
+    other.join()
+
+
+def test_a_build_that_is_killed_blocks_nobody(corpus: Corpus, corpus_folder: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    other = context.Process(
+        target=_prepare_slowly, args=(str(corpus_folder), str(tmp_path), 60, context.Queue())
+    )
+    other.start()
+    while not list(tmp_path.glob("*.tmp/tokenizer.json")):
+        time.sleep(0.01)
+    other.kill()
+    other.join()
+    data = prepare(corpus, tmp_path)
+    assert not data.from_cache and entries(tmp_path) == [data.tokenizer_file.parent]
+
+
+def test_disk_full(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = flash_attn_train.data.prepare.write_shards
+
+    def full(folder: Path, name: str, chunks: Iterator[np.ndarray], *args: object) -> None:
+        original(folder, name, (next(chunks) for _ in range(2)), *args)  # type: ignore[arg-type]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(flash_attn_train.data.prepare, "write_shards", full)
+    monkeypatch.setattr(
+        flash_attn_train.data.prepare,
+        "encode_documents",
+        lambda *args: encode_documents(*args, group_characters=1000),
+    )
+    with pytest.raises(
+        DataError, match=r"is full .* after [\d,]+ bytes of tokens; expected room for about [\d,]+ bytes"
+    ):
+        prepare(corpus, tmp_path)
+    assert entries(tmp_path) == []
 
 
 def test_corpus_shorter_than_a_context(corpus: Corpus, tmp_path: Path) -> None:
@@ -114,6 +264,16 @@ def test_corpus_shorter_than_a_context(corpus: Corpus, tmp_path: Path) -> None:
         prepare_data(corpus, TOKENIZER, seqlen=100_000, cache_dir=str(tmp_path))
     for part in ("data.path", "tokens, expected at least 100001", "model.max_seqlen=100000"):
         assert part in str(error.value)
+
+
+def test_a_file_that_went_away(corpus_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus_folder, copy)
+    corpus = read_corpus(str(copy), val_fraction=0.2)
+    corpus.train[3].path.unlink()
+    with pytest.raises(DataError, match=rf"cannot read {corpus.train[3].path}"):
+        prepare(corpus, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == []
 
 
 def test_unwritable_cache(corpus: Corpus, tmp_path: Path) -> None:
@@ -128,22 +288,10 @@ def test_default_cache_follows_xdg(corpus: Corpus, tmp_path: Path, monkeypatch: 
     assert data.tokenizer_file.parent.parent == tmp_path / "flash-attn-train"
 
 
-@pytest.mark.parametrize("text", ["naïve café 日本 🙂\n\n\t x", "a<|endoftext|>b", "", "\r\n  \x01"])
-def test_any_text_decodes_to_itself(text: str) -> None:
-    tokenizer = train_tokenizer(["some text"], vocab_size=260, min_frequency=2, show_progress=False)
-    ids = tokenizer.encode(text).ids
-    assert tokenizer.token_to_id(END_OF_TEXT) not in ids
-    assert tokenizer.decode(ids) == text
-
-
-def test_pieces_are_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flash_attn_train.data.tokenizer._PIECE_CHARACTERS", 10)
-    text = "abc\ndef\nghijklmnopqrstuvwxyz\n\nz"
-    parts = list(pieces(text))
-    assert "".join(parts) == text
-    assert max(map(len, parts)) <= 10
-    assert parts[0] == "abc\ndef\n"
-    assert list(pieces("")) == [""]
+def test_facts_of_an_entry_can_be_read(corpus: Corpus, tmp_path: Path) -> None:
+    facts = json.loads(prepare(corpus, tmp_path).tokenizer_file.with_name("entry.json").read_text())
+    assert facts["settings"]["vocab_size"] == 300
+    assert facts["splits"]["train"]["bytes"] == corpus.num_bytes["train"]
 
 
 def test_long_documents_are_encoded_in_pieces_with_one_end(
@@ -151,7 +299,30 @@ def test_long_documents_are_encoded_in_pieces_with_one_end(
 ) -> None:
     monkeypatch.setattr("flash_attn_train.data.tokenizer._PIECE_CHARACTERS", 100)
     data = prepare(corpus, tmp_path)
-    end = data.tokenizer.token_to_id(END_OF_TEXT)
-    assert np.count_nonzero(data.train == end) == len(corpus.train)
-    text = data.tokenizer.decode([token for token in data.train.tolist() if token != end])
+    end, tokens = data.special.end_of_text, np.asarray(data.train)
+    assert np.count_nonzero(tokens == end) == data.splits["train"].num_documents == len(corpus.train)
+    text = data.tokenizer.decode(tokens[tokens != end].tolist())
     assert text == "".join(document.text() for document in corpus.train)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["some text"], vocab_size=260, min_frequency=2, show_progress=False)
+
+
+@pytest.mark.parametrize("group_characters", [1, 7, 1 << 20])
+def test_groups_do_not_change_the_tokens(tokenizer: Tokenizer, group_characters: int) -> None:
+    texts = ["", "ab", "some text some text", "x"]
+    groups = list(encode_documents(tokenizer, texts, 0, group_characters=group_characters))
+    tokens = np.concatenate([group.tokens for group in groups])
+    assert tokens.tolist() == [token for text in texts for token in [*tokenizer.encode(text).ids, 0]]
+    assert sum(len(group.ends) for group in groups) == len(texts)
+
+
+def test_reading_stops_with_an_error_of_the_source(tokenizer: Tokenizer) -> None:
+    def texts() -> Iterator[str]:
+        yield "a"
+        raise DataError("broken")
+
+    with pytest.raises(DataError, match="broken"):
+        list(encode_documents(tokenizer, texts(), 0))

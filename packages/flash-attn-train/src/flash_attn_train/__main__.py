@@ -11,32 +11,32 @@ import tempfile
 from pathlib import Path
 
 from flash_attn_train.configs import (
+    AdamWConfig,
     CheckpointConfig,
-    DataConfig,
     GenerationConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimizerConfig,
+    GPTModelConfig,
+    LoggerConfig,
+    TextDataConfig,
     TokenizerConfig,
     TrainConfig,
     TrainerConfig,
 )
-from flash_attn_train.report import RunResult
 from flash_attn_train.run import train
+from flash_attn_train.summary import RunResult
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             output_dir=f"{folder}/run",
-            data=DataConfig(
+            data=TextDataConfig(
                 path=str(Path(json.__file__).parent), suffixes=[".py"], cache_dir=f"{folder}/cache"
             ),
             tokenizer=TokenizerConfig(vocab_size=320),
-            model=ModelConfig(max_seqlen=32, n_layer=2, n_head=1, d_model=64),
-            optimizer=OptimizerConfig(lr=1e-2),
+            model=GPTModelConfig(max_seqlen=32, n_layer=2, n_head=1, d_model=64),
+            optimizer=AdamWConfig(lr=1e-2),
             trainer=TrainerConfig(max_steps=40, batch_size=8, val_every_n_steps=20, val_sequences=32),
-            logging=LoggingConfig(tensorboard=False),
+            logger=LoggerConfig(tensorboard=False),
             checkpoint=CheckpointConfig(every_n_steps=20),
             generation=GenerationConfig(max_new_tokens=8),
         )
@@ -55,7 +55,7 @@ def _failures(result: RunResult) -> list[str]:
             f"validation loss went from {result.first_val_loss:.3f} to {result.last_val_loss:.3f}, expected "
             "a fall by more than 1"
         )
-    for file in (result.last_checkpoint, result.best_checkpoint, result.picture):
+    for file in (result.last_checkpoint, result.best_checkpoint, result.picture, result.report):
         if not file.exists():
             failures.append(f"{file.name} was not written")
     if not result.sample:

@@ -1,4 +1,8 @@
-"""Reading and writing checkpoint files, and whether a checkpoint belongs to a config."""
+"""Reading and writing checkpoints, and whether a checkpoint belongs to a config.
+
+A checkpoint is a file, or a folder into which every rank wrote its part
+(:mod:`flash_attn_train.distributed.checkpoint_folder`). Either is read as the same thing.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,42 @@ from typing import Any
 
 import torch
 from lightning_fabric.plugins.io import CheckpointIO
+from torch import Tensor
 
-from flash_attn_train.atomic import atomic_write
+from flash_attn_train.atomic import atomic_write, remove_leftovers, remove_path
 from flash_attn_train.configs import TrainConfig
 from flash_attn_train.configs.checks import flatten
+from flash_attn_train.distributed import checkpoint_folder as folders
 from flash_attn_train.errors import CheckpointError
 
 # Keys that do not change what is computed from the checkpoint on, or (the last ones) whose effect on it is
-# checked otherwise: the corpus by its content, the length of the schedule by scheduler.decay_steps.
+# checked otherwise: the corpus by its content, the length of the schedule by scheduler.decay_steps, what makes up
+# a batch by its size on all devices together.
 _MAY_DIFFER = (
     "output_dir",
     "resume",
-    "logging.",
-    "checkpoint.",
+    "callbacks",
+    "logger",
+    "metrics",
+    "checkpoint",
     "generation.",
+    "strategy",
+    "model.warm_start",
     "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.compile",
+    "trainer.activation_checkpointing",
+    "trainer.nan",
     "trainer.val_every_n_steps",
     "trainer.val_sequences",
     "data.cache_dir",
     "data.num_workers",
     "data.",
     "trainer.max_steps",
+    "trainer.batch_size",
+    "trainer.accumulate_grad_batches",
+    "trainer.global_batch_size",
 )
 
 
@@ -44,8 +63,13 @@ class AtomicCheckpointIO(CheckpointIO):
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if (
+                path.is_dir() and not path.is_symlink()
+            ):  # a folder that was copied here; a file replaces links only
+                remove_path(path)
             with atomic_write(path) as file:
                 torch.save(checkpoint, file)
+            remove_leftovers(path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             kept = "; the one before is still there" if path.exists() else ""
             raise CheckpointError(f"cannot write checkpoint {path}: {error}{kept}.") from error
@@ -56,36 +80,82 @@ class AtomicCheckpointIO(CheckpointIO):
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
+        remove_path(Path(path))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint with its tensors on the CPU, after checking that the file is whole.
+    """A whole checkpoint, file or folder, with its tensors on the CPU, after checking that it is undamaged.
+
+    Of a folder this is what a single process would have written. Neither the ranks that wrote it nor a GPU are needed.
 
     Raises:
-        CheckpointError: the file is missing, truncated, damaged (checksums of its records), or holds anything
+        CheckpointError: the checkpoint is missing, truncated, damaged (checksums of its records), or holds anything
             but tensors and plain values.
     """
+    try:
+        return folders.read_checkpoint_folder(path) if _is_folder(path) else _read_file(path)
+    except Exception as error:  # torch raises many types for unreadable files
+        raise _damaged(path, error) from error
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What a checkpoint has besides weights and optimizer state: config, step, ... Checks that it is complete, but not
+    the checksums of what it does not read.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint` does.
+    """
+    try:
+        if _is_folder(path):
+            if not (path / folders.MANIFEST).is_file():
+                raise ValueError(f"{folders.MANIFEST} is missing")
+            header = folders.read_rest(path)
+        else:
+            header = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise _damaged(path, error) from error
+    bulk = ("state_dict", "optimizer_states", "names", "groups", "others")
+    return {name: value for name, value in header.items() if name not in bulk}
+
+
+def consolidate(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint, file or folder, whole and on the CPU, under the names of the training module.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint` does.
+    """
+    return read_checkpoint(path)["state_dict"]
+
+
+def _is_folder(path: Path) -> bool:
+    if path.is_dir():
+        return True
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist.")
-    try:
-        with zipfile.ZipFile(path) as records:
-            damaged = records.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"record {damaged} does not match its checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for unreadable files
-        raise CheckpointError(
-            f"checkpoint {path} ({path.stat().st_size} bytes) is truncated or damaged: {error}. Nothing was "
-            "loaded. Resume from another one with resume=PATH, such as best.ckpt beside it, or start anew "
-            "without resume."
-        ) from error
-    return checkpoint
+    return False
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as records:
+        damaged = records.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"record {damaged} does not match its checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, CheckpointError):
+        return error
+    size = f"{path.stat().st_size} bytes" if path.is_file() else "a folder"
+    return CheckpointError(
+        f"checkpoint {path} ({size}) is truncated or damaged: {error}. Nothing was loaded. Resume from another "
+        "one with resume=PATH, such as best.ckpt beside it, or start anew without resume."
+    )
 
 
 def check_same_config(path: Path, checkpoint: dict[str, Any], config: TrainConfig) -> None:
     """Raises unless the run that wrote the checkpoint computes what ``config`` does, naming the fields that
-    differ.
+    differ. Devices and strategy may differ, if all devices together still have as many samples per step.
 
     Both configs are resolved ones (:func:`flash_attn_train.device.resolve`).
 
@@ -102,6 +172,17 @@ def check_same_config(path: Path, checkpoint: dict[str, Any], config: TrainConfi
         for key in sorted(saved.keys() | now.keys())
         if saved.get(key) != now.get(key) and not key.startswith(_MAY_DIFFER)
     ]
+    before, after = _samples_per_step(saved), _samples_per_step(now)
+    if before != after:
+        fields = [
+            f"trainer.{name}" for name in ("batch_size", "accumulate_grad_batches", "devices", "num_nodes")
+        ]
+        changed = "; ".join(
+            f"{key} (checkpoint: {saved.get(key)!r}, now: {now.get(key)!r})"
+            for key in fields
+            if saved.get(key) != now.get(key)
+        )
+        differing.append(f"samples per step (checkpoint: {before}, now: {after}) by {changed or 'strategy'}")
     if differing:
         raise CheckpointError(
             f"checkpoint {path} is of another config: {'; '.join(differing)}. Give the checkpoint's values "
@@ -114,18 +195,35 @@ def check_same_config(path: Path, checkpoint: dict[str, Any], config: TrainConfi
         )
 
 
+def _samples_per_step(config: dict[str, Any]) -> int:
+    """On all devices together, of a flat config."""
+    if config.get("trainer.global_batch_size"):
+        return config["trainer.global_batch_size"]
+    devices = config.get("trainer.devices", 1) * config.get("trainer.num_nodes", 1)
+    ranks = devices // config.get("strategy.tensor_parallel_size", 1)
+    return config["trainer.batch_size"] * config["trainer.accumulate_grad_batches"] * ranks
+
+
 def check_same_data(path: Path, checkpoint: dict[str, Any], config: TrainConfig, data_key: str) -> None:
-    """Raises unless the checkpoint was trained on the same tokens.
+    """Raises unless the checkpoint was trained on the same data.
 
     Raises:
-        CheckpointError: corpus, split or tokenizer differ.
+        CheckpointError: text, split or tokenizer differ; or images, or how they are augmented.
     """
     if checkpoint["data_key"] != data_key:
-        saved = checkpoint["config"]
-        fields = ("data.path", "data.suffixes", "data.val_fraction")
-        was = ", ".join(f"{key}={saved.get(key)!r}" for key in fields)
-        now = ", ".join(f"{key}={flatten(config)[key]!r}" for key in fields)
+        saved, now = checkpoint["config"], flatten(config)
+        kept = ("data.cache_dir", "data.num_workers")
+        fields = [
+            key
+            for key in sorted(saved.keys() | now.keys())
+            if key.startswith("data") and key not in kept and saved.get(key) != now.get(key)
+        ]
+        was, is_now = (
+            ", ".join(f"{key}={options[key]!r}" for key in fields if key in options)
+            or "under the same options"
+            for options in (saved, now)
+        )
         raise CheckpointError(
-            f"checkpoint {path} is of other training text: it was {was}; now it is {now}, with different "
-            "content or split. Give the same text to continue it, or leave resume out to start a new run."
+            f"checkpoint {path} is of other training data: it was {was}; now it is {is_now}, with different "
+            "content or split. Give the same data to continue it, or leave resume out to start a new run."
         )

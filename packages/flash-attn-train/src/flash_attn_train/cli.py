@@ -1,5 +1,4 @@
-"""The command line: Hydra composes a config from presets and ``key=value`` arguments; this module alone knows
-Hydra.
+"""The command line: a config from groups and ``key=value`` arguments, composed by Hydra.
 
 Hydra's compose interface is used, not its application runner: nothing changes the working directory (there is
 no ``hydra.job.chdir``), no output folders or loggers are made behind the user's back, and no resolvers are
@@ -8,32 +7,38 @@ registered.
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from flash_attn_train import __version__
+from flash_attn_train.cli_help import help_text
 from flash_attn_train.configs import TrainConfig, check_config
-from flash_attn_train.configs.checks import Option, describe_limits, options, unknown_key, wrong_type
-from flash_attn_train.configs.presets import MODELS, PRESETS
+from flash_attn_train.configs.checks import Option, describe_limits, unknown_key, wrong_type
+from flash_attn_train.configs.store import SCHEMAS, all_options, compose, entries
 from flash_attn_train.errors import ConfigError, UserError
 
-_GROUPS = {"preset": PRESETS, "model": MODELS}
-_DEFAULT_GROUPS = {"model": "llama", "preset": "quickstart"}
+_PRESET = "preset"  # another word for the group `experiment`
+_CONFIG_DIR = "--config-dir="
+_HELP = "--help="
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code: 0, or 2 after printing what is wrong with the input."""
+    """Runs the command line. Returns the exit code: 0, 2 after printing what is wrong with the input, or 130 after
+    Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        print(help_text())
-        return 0
     if "--version" in arguments:
         print(f"flash-attn-train {__version__}")
         return 0
     print_config = "--print-config" in arguments
     try:
+        topic = _help_topic(arguments)
+        if topic is not None:
+            print(help_text(topic, _config_dirs(arguments)))
+            return 0
         config = compose_config([argument for argument in arguments if argument != "--print-config"])
         if print_config:
             from omegaconf import OmegaConf
@@ -52,58 +57,84 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"flash-attn-train: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before training: in training the checkpoint callback says how to continue
+        print("flash-attn-train: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
-def compose_config(overrides: Sequence[str]) -> TrainConfig:
-    """The config of presets and ``key=value`` arguments, checked.
+def compose_config(arguments: Sequence[str]) -> TrainConfig:
+    """The config of groups and ``key=value`` arguments, checked. ``--config-dir=FOLDER`` adds groups of one's own.
 
     Raises:
-        ConfigError: an argument is no ``key=value``, a key or preset is unknown, or a value does not fit.
+        ConfigError: an argument is no ``key=value``, a key or entry is unknown, or a value does not fit.
     """
-    import hydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    values = _check_overrides(overrides)
-    _register()
+    folders = _config_dirs(arguments)
+    overrides = [_experiment(text) for text in arguments if not text.startswith(_CONFIG_DIR)]
+    values = _check_overrides(overrides, folders)
+    # An entry of a mapping is new or not: the user need not know Hydra's sign for it.
+    overrides = [f"++{text}" if text.startswith(_mappings()) else text for text in overrides]
     try:
-        with hydra.initialize(version_base=None, config_path=None):
-            composed = hydra.compose("train", overrides=list(overrides))
-        config = OmegaConf.to_object(composed)
+        config = OmegaConf.to_object(compose(overrides, folders))
     except (HydraException, OmegaConfBaseException) as error:
         raise _translated(error, values) from error
     assert isinstance(config, TrainConfig)
+    for key in values:
+        section, field = (*key.split("."), "")[:2]
+        # An entry of a mapping that the chosen variant does not have: it has become an attribute that nobody reads.
+        if key.startswith(_mappings()) and field not in vars(type(getattr(config, section))()):
+            raise _not_in_variant(key)
+    if config.smoke:
+        from flash_attn_train.configs.smoke import smoke
+
+        config = smoke(config, keep=[key for key in values if key not in SCHEMAS])
     check_config(config)
     return config
 
 
-def _register() -> None:
-    from hydra.core.config_store import ConfigStore
-
-    store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    defaults = ["train_schema", *({group: name} for group, name in _DEFAULT_GROUPS.items()), "_self_"]
-    store.store(name="train", node={"defaults": defaults})
-    for name, node in PRESETS.items():
-        store.store(group="preset", name=name, node=node, package="_global_")
-    for name, node in MODELS.items():
-        store.store(group="model", name=name, node=node)
+def _experiment(text: str) -> str:
+    return f"experiment={text.removeprefix('preset=')}" if text.startswith(f"{_PRESET}=") else text
 
 
-def _check_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def _help_topic(arguments: Sequence[str]) -> str | None:
+    """What help is asked on, see :func:`flash_attn_train.cli_help.help_text`; None if none is."""
+    for argument in arguments:
+        if argument.startswith(_HELP):
+            return argument.removeprefix(_HELP)
+    return "" if {"-h", "--help"} & set(arguments) else None
+
+
+def _config_dirs(arguments: Sequence[str]) -> list[Path]:
+    return [_config_dir(text) for text in arguments if text.startswith(_CONFIG_DIR)]
+
+
+def _config_dir(text: str) -> Path:
+    folder = Path(text.removeprefix(_CONFIG_DIR)).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"--config-dir: {folder} is not a folder; expected one with groups, such as experiment/mine.yaml in it."
+        )
+    return folder
+
+
+def _check_overrides(overrides: Sequence[str], folders: Sequence[Path]) -> dict[str, Any]:
     """Checks names before Hydra does, which knows no nearest name. Returns key -> value."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    known = [*_GROUPS, *(option.key for option in options())]
+    known = [*SCHEMAS, *dict.fromkeys(option.key for _, section in all_options() for option in section)]
+    mappings = _mappings()
     parser = OverridesParser.create()
     values = {}
     for text in overrides:
         if text.startswith("-"):
             raise ConfigError(
-                f"got {text!r}, expected key=value or one of --help, --version, --print-config."
+                f"got {text!r}, expected key=value or one of --help, --help=SECTION, --version, --print-config, "
+                "--config-dir=FOLDER."
             )
         try:
             override = parser.parse_override(text)
@@ -113,69 +144,65 @@ def _check_overrides(overrides: Sequence[str]) -> dict[str, Any]:
                 "characters: 'key=\"value\"'."
             ) from error
         key = override.key_or_group
-        if key not in known:
-            raise unknown_key(key, known)
-        if override.is_add() or override.is_delete() or override.is_sweep_override():
+        if key not in known and not key.startswith(mappings):
+            raise unknown_key(key, [_PRESET, *known])
+        if (override.is_add() and not key.startswith(mappings)) or override.is_delete():
             raise ConfigError(
                 f"got {text!r}, expected key=value with one value; keys cannot be added or removed."
             )
+        if override.is_sweep_override():
+            raise ConfigError(f"got {text!r}, expected key=value with one value.")
         value = override.value()
-        if key in _GROUPS and value not in list(_GROUPS[key]):
-            raise ConfigError(f"{key}: got {value!r}, expected one of {', '.join(_GROUPS[key])}.")
+        if key in SCHEMAS and value not in entries(key, folders):
+            raise _unknown_entry(key, value, entries(key, folders))
         values[key] = value
     return values
 
 
+def _unknown_entry(group: str, value: Any, known: list[str]) -> ConfigError:
+    nearest = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+    # "gpt2s" for "owt/gpt2s"
+    nearest = [name for name in known if name.split("/")[-1] == value] or nearest
+    hint = f" The nearest is {nearest[0]!r}." if nearest else ""
+    return ConfigError(f"{group}: got {value!r}, expected one of {', '.join(known)}.{hint}")
+
+
 def _translated(error: Exception, values: dict[str, Any]) -> ConfigError:
     """Hydra's error in this package's words: key, got, expected."""
+    for key in values:
+        if f"Could not override '{key}'" in str(error):
+            return _not_in_variant(key)
     cause: BaseException | None = error
     while cause is not None:
-        key = getattr(cause, "full_key", None)
-        for option in options():
-            if key and (option.key == key or key.startswith(option.key + "[")) and option.key in values:
+        full_key = getattr(cause, "full_key", None) or ""
+        for option in _options():
+            if full_key.split("[")[0] == option.key and option.key in values:
                 return wrong_type(option.key, values[option.key], option.type)
         cause = cause.__cause__
     return ConfigError(str(error))
 
 
-def help_text() -> str:
-    """Usage, presets, and every option with its type, default and meaning."""
-    lines = [
-        "Pretrain a language model on text.",
-        "",
-        "usage: flash-attn-train [preset=NAME] [model=NAME] [key=value ...]",
-        "       flash-attn-train --help | --version | [...] --print-config",
-        "",
-        "examples:",
-        "  flash-attn-train preset=quickstart",
-        "  flash-attn-train preset=quickstart data.path=my_texts/ model.n_layer=6 trainer.max_steps=2000",
-        "  flash-attn-train preset=quickstart resume=true",
-        "",
+def _not_in_variant(key: str) -> ConfigError:
+    group = key.split(".")[0]
+    field = ".".join(key.split(".")[:2]) if key.startswith(_mappings()) else key
+    having = [
+        section.split(".")[1]
+        for section, found in all_options()
+        if section.startswith(f"{group}.") and field in (option.key for option in found)
     ]
-    for group, entries in _GROUPS.items():
-        default = _DEFAULT_GROUPS[group]
-        lines.append(
-            f"{group}: " + ", ".join(f"{name} (default)" if name == default else name for name in entries)
-        )
-    lines += [
-        "",
-        "options, with the defaults where no preset sets another (--print-config shows the result):",
-    ]
-    section = ""
-    for option in options():
-        if option.key.rpartition(".")[0] != section:
-            section = option.key.rpartition(".")[0]
-            lines.append("")
-        lines.append(f"  {option.key}={show_default(option)}")
-        lines.append(f"      {option.metadata['help']} [{describe_limits(option)}]")
-    return "\n".join(lines)
+    return ConfigError(
+        f"{key}: the chosen {group} has no such key; expected {group}= one that is made of "
+        f"{' or '.join(having)}."
+    )
 
 
-def show_default(option: Option) -> str:
-    """The default as one would write it on the command line."""
-    if option.default is None:
-        return "null"
-    return str(option.default).lower() if isinstance(option.default, bool) else str(option.default)
+def _mappings() -> tuple[str, ...]:
+    """Beginnings of the keys of mappings, such as "model.config."."""
+    return tuple(f"{option.key}." for option in _options() if "mapping" in describe_limits(option))
+
+
+def _options() -> list[Option]:
+    return [option for _, section in all_options() for option in section]
 
 
 if __name__ == "__main__":

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 
 import torch
+from lightning_fabric.plugins.environments import TorchElasticEnvironment
 
 from flash_attn_train.configs import TrainConfig
+from flash_attn_train.distributed import data_parallel_size
 from flash_attn_train.errors import ConfigError
 
-_COMPUTE_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_COMPUTE_DTYPES = {
+    "32-true": torch.float32,
+    "bf16-mixed": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """A copy with device, precision and schedule as definite values.
+    """A copy with devices, precision, batches and schedule as definite values.
+
+    Started by torchrun, the run has the devices that torchrun has made processes for.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none, or it cannot compute in the precision asked for.
+        ConfigError: a GPU is asked for and there is none, or it cannot compute in the precision asked for, or the
+            global batch cannot be made of whole forward passes on all devices.
     """
+    config = _with_torchrun_devices(config)
     trainer, scheduler = config.trainer, config.scheduler
     accelerator = trainer.accelerator
     if accelerator == "auto":
@@ -36,17 +48,49 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise ConfigError(
             "trainer.precision: got '16-mixed', which needs a GPU; expected 32-true or bf16-mixed."
         )
-    if precision == "bf16-mixed" and accelerator == "cuda" and not has_bf16:
+    if precision.startswith("bf16") and accelerator == "cuda" and not has_bf16:
         raise ConfigError(
-            "trainer.precision: got 'bf16-mixed', but this GPU has no bf16; expected 32-true or 16-mixed."
+            f"trainer.precision: got {precision!r}, but this GPU has no bf16; expected 32-true or 16-mixed."
         )
     decay_steps = scheduler.decay_steps or trainer.max_steps
     warmup_steps = decay_steps // 10 if scheduler.warmup_steps is None else scheduler.warmup_steps
     return dataclasses.replace(
         config,
-        trainer=dataclasses.replace(trainer, accelerator=accelerator, precision=precision),
+        trainer=dataclasses.replace(
+            trainer,
+            accelerator=accelerator,
+            precision=precision,
+            accumulate_grad_batches=_accumulation(config),
+            global_batch_size=None,
+        ),
         scheduler=dataclasses.replace(scheduler, decay_steps=decay_steps, warmup_steps=warmup_steps),
     )
+
+
+def _with_torchrun_devices(config: TrainConfig) -> TrainConfig:
+    if not TorchElasticEnvironment.detect():
+        return config
+    environment = TorchElasticEnvironment()
+    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    num_nodes = environment.world_size() // local_size
+    trainer = dataclasses.replace(config.trainer, devices=local_size, num_nodes=num_nodes)
+    return dataclasses.replace(config, trainer=trainer)
+
+
+def _accumulation(config: TrainConfig) -> int:
+    """Forward passes per optimizer step and device."""
+    trainer = config.trainer
+    if trainer.global_batch_size is None:
+        return trainer.accumulate_grad_batches
+    ranks = data_parallel_size(config)
+    passes, rest = divmod(trainer.global_batch_size, trainer.batch_size * ranks)
+    if rest or not passes:
+        raise ConfigError(
+            f"trainer.global_batch_size: got {trainer.global_batch_size}, expected a multiple of "
+            f"{trainer.batch_size * ranks}: trainer.batch_size={trainer.batch_size} on each of {ranks} data-parallel "
+            "devices. Change trainer.batch_size or trainer.global_batch_size."
+        )
+    return passes
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -58,5 +102,7 @@ def describe_device(config: TrainConfig) -> str:
     """The (resolved) device in words."""
     if config.trainer.accelerator == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        count = config.trainer.devices * config.trainer.num_nodes
+        several = f"{count} x " if count > 1 else ""
+        return f"{several}{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -19,3 +19,7 @@ class CheckpointError(UserError):
 
 class OutputError(UserError):
     """The run folder cannot be written."""
+
+
+class TrainingError(UserError):
+    """Training itself went wrong, such as a loss that is not finite."""

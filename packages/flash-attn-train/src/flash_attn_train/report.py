@@ -1,99 +1,179 @@
-"""What a run tells its user: the opening lines, the loss curve as a picture, and the closing lines."""
+"""The report of a run: ``report.md`` with curves, made from the files in the run folder alone.
+
+Every run writes it at its end. ``python -m flash_attn_train.report RUN_FOLDER`` makes it again, also for a run that
+was killed or is still going on.
+"""
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from flash_attn_models.attention import attention_path
-from flash_attn_models.gpt import GPTLMHeadModel
+from omegaconf import OmegaConf
 
 from flash_attn_train.atomic import atomic_write
-from flash_attn_train.configs import TrainConfig
-from flash_attn_train.console import duration
-from flash_attn_train.data import Corpus, PreparedData
-from flash_attn_train.device import compute_dtype, describe_device
+from flash_attn_train.config_changes import config_changes
+from flash_attn_train.errors import ConfigError, UserError
+from flash_attn_train.figures import LOSS, PICTURES, Picture, Rows, draw
 from flash_attn_train.loggers import read_metrics
+from flash_attn_train.summary import RunResult, describe_run, result_of
+
+__all__ = ["RunResult", "describe_run", "main", "result_of", "write_report"]
 
 
-def describe_run(
-    config: TrainConfig, corpus: Corpus, data: PreparedData, model: GPTLMHeadModel
-) -> dict[str, str]:
-    """What a user wants to know before the wait, of a (resolved) config: name -> text."""
-    shape, settings = config.model, config.trainer
-    path = attention_path(
-        model.config, seqlen=shape.max_seqlen, device=settings.accelerator, dtype=compute_dtype(config)
-    )
-    tokens_per_step = settings.batch_size * settings.accumulate_grad_batches * shape.max_seqlen
-    splits = ", ".join(
-        f"{len(documents)} documents ({corpus.num_bytes[name] / 1e6:.1f} MB) {use}"
-        for name, documents, use in (
-            ("train", corpus.train, "to train on"),
-            ("validation", corpus.validation, "held out"),
+def write_report(folder: Path) -> Path:
+    """Writes ``report.md``, ``loss.png`` and the other curves (in ``report/``) of a run. Returns the report's path.
+
+    Raises:
+        ConfigError: the folder is not that of a run.
+    """
+    for name in ("config.yaml", "manifest.json", "metrics.csv"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"got {folder}, expected the folder of a run: {folder / name} does not exist.")
+    rows = read_metrics(folder / "metrics.csv")
+    sessions = json.loads((folder / "manifest.json").read_text())["sessions"]
+    model = folder / "model.json"
+    saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    assert isinstance(saved, dict)
+    sections = [
+        f"# Run {folder.resolve().name}",
+        _results(rows),
+        _curves(folder, rows),
+        _model(json.loads(model.read_text())) if model.exists() else "",
+        _setup(sessions),
+        _config({str(key): value for key, value in saved.items()}),
+        _versions(sessions[-1]),
+    ]
+    path = folder / "report.md"
+    with atomic_write(path) as file:
+        file.write("\n\n".join(section for section in sections if section).encode() + b"\n")
+    return path
+
+
+def _results(rows: Rows) -> str:
+    lines = []
+    validations = [row for row in rows if "val/loss" in row]
+    if validations:
+        best = min(validations, key=lambda row: row["val/loss"])
+        for title, row in (("first", validations[0]), ("best", best), ("last", validations[-1])):
+            values = ", ".join(
+                f"{k.removeprefix('val/')} {v:.4g}" for k, v in row.items() if k.startswith("val/")
+            )
+            lines.append((f"{title} validation", f"step {row['step']:.0f}: {values}"))
+    training = [row for row in rows if "train/loss" in row]
+    if training:
+        last = training[-1]
+        lines.append(("last training loss", f"{last['train/loss']:.4g} at step {last['step']:.0f}"))
+        for unit in ("tokens", "samples"):
+            if unit in last:
+                lines.append((f"{unit} trained on", f"{last[unit]:,.0f}"))
+        for column, title, text in (
+            ("tokens_per_s", "tokens per second, all devices", "{:,.0f}"),
+            ("samples_per_s", "samples per second, all devices", "{:,.0f}"),
+            ("step_time_s", "seconds per step", "{:.4g}"),
+            ("mfu", "MFU", "{:.1%}"),
+            ("data_wait", "share of time waiting for data", "{:.2%}"),
+        ):
+            measured = [row[column] for row in training if column in row]
+            if measured:
+                lines.append((f"{title} (median)", text.format(statistics.median(measured))))
+        peaks = [row["peak_memory_gib"] for row in training if "peak_memory_gib" in row]
+        if peaks:
+            lines.append(("peak memory per device", f"{max(peaks):.2f} GiB"))
+    return "## Results\n\n" + (_table(("what", "value"), lines) if lines else "Nothing was recorded yet.")
+
+
+def _curves(folder: Path, rows: Rows) -> str:
+    links = []
+    if draw(LOSS, rows, folder / LOSS.file, title=f"{folder.resolve().name}: loss"):
+        links.append(_link(LOSS, LOSS.file))
+    (folder / "report").mkdir(exist_ok=True)
+    for picture in PICTURES:
+        if draw(picture, rows, folder / "report" / picture.file):
+            links.append(_link(picture, f"report/{picture.file}"))
+    return "## Curves\n\n" + "\n\n".join(links) if links else ""
+
+
+def _link(picture: Picture, target: str) -> str:
+    return f"![{picture.title}, {picture.unit}, over optimizer steps]({target})"
+
+
+def _model(facts: dict[str, Any]) -> str:
+    parameters, flops = facts["parameters"], facts["flops_per_sample"]
+    lines = [
+        ("parameters", f"{parameters['total']:,}"),
+        ("trained", f"{parameters['trainable']:,}"),
+        ("in embeddings", f"{parameters['embeddings']:,}"),
+        ("tokens per sample", f"{facts['tokens_per_sample']:,}"),
+        ("devices, precision", f"{facts['devices']}, {facts['precision']}"),
+    ]
+    note = ""
+    if flops is not None:
+        lines.append(("FLOPs per sample, forward and backward", f"{flops:.4g}"))
+        note = (
+            "\n\nFLOPs are 6 N + 12 L H Q T per token: N weights of the matrices that a token is multiplied with, "
+            "output layer included and embeddings not; L layers, H heads of width Q, T tokens of context, causal "
+            "attention not halved."
         )
+    return "## Model\n\n" + _table(("what", "value"), lines) + note
+
+
+def _setup(sessions: Sequence[dict[str, Any]]) -> str:
+    known = {"started", "first_step", "command", "versions"}
+    last = [(key, str(value)) for key, value in sessions[-1].items() if key not in known]
+    starts = [
+        (str(s.get("started", "")), str(s.get("first_step", "")), " ".join(s["command"])) for s in sessions
+    ]
+    sections = [
+        "## Machine and data\n\n" + _table(("what", "value"), last),
+        "## Sessions\n\n" + _table(("started", "from step", "command"), starts),
+    ]
+    return "\n\n".join(sections)
+
+
+def _config(saved: dict[str, Any]) -> str:
+    changes = [
+        (f"`{key}`", f"`{value}`", f"`{default}`") for key, (value, default) in config_changes(saved).items()
+    ]
+    if not changes:
+        return "## Config\n\nAll options have their defaults."
+    return "## Config\n\nWhat differs from the defaults; all of it is in `config.yaml`.\n\n" + _table(
+        ("option", "value", "default"), changes
     )
-    if corpus.skipped:
-        splits += f", {len(corpus.skipped)} files skipped (not UTF-8 text), e.g. {corpus.skipped[0]}"
-    return {
-        "device": f"{describe_device(config)}, precision {settings.precision}",
-        "attention": str(path).removeprefix("attention path: "),
-        "corpus": f"{corpus.title}: {splits}",
-        "tokens": f"{len(data.train):,} to train on, {len(data.validation):,} held out, vocabulary of "
-        f"{data.vocab_size:,}{' (from the cache)' if data.from_cache else ''}",
-        "model": f"{sum(p.numel() for p in model.parameters()):,} parameters, {shape.n_layer} layers, width "
-        f"{shape.d_model}, {shape.n_head} heads, context {shape.max_seqlen}",
-        "training": f"{settings.max_steps:,} steps of {tokens_per_step:,} tokens",
-    }
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What came out of a run. Losses in nats per token; speed is of this process, without validation."""
-
-    folder: Path
-    first_val_loss: float
-    last_val_loss: float
-    last_val_perplexity: float
-    last_val_bits_per_byte: float
-    tokens: int
-    seconds: float
-    last_checkpoint: Path
-    best_checkpoint: Path
-    picture: Path
-    sample: str
-
-    def __str__(self) -> str:
-        speed = f"{self.tokens / self.seconds:,.0f} tokens/s" if self.tokens else "nothing left to train"
-        lines = [
-            f"validation loss  {self.first_val_loss:.3f} -> {self.last_val_loss:.3f} nats per token "
-            f"(perplexity {self.last_val_perplexity:.1f}, {self.last_val_bits_per_byte:.3f} bits per byte)",
-            f"speed            {speed} in training ({self.tokens:,} tokens in {duration(self.seconds)})",
-            f"checkpoints      {self.last_checkpoint}, {self.best_checkpoint.name} beside it",
-            f"loss curve       {self.picture}",
-        ]
-        if self.sample:
-            lines += ["sample", *(f"    {line}".rstrip() for line in self.sample.splitlines())]
-        return "\n".join(lines)
+def _versions(session: dict[str, Any]) -> str:
+    versions = [(name, str(version)) for name, version in session["versions"].items()]
+    return "## Versions\n\n" + _table(("distribution", "version"), versions)
 
 
-def draw_loss_curve(metrics: Path, picture: Path, *, title: str) -> None:
-    """Training and validation loss over steps, from a metrics file, as PNG."""
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-    from matplotlib.ticker import MaxNLocator
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in line) + " |"
+        for line in lines
+    )
 
-    rows = read_metrics(metrics)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    styles = {"train/loss": ("training (one batch)", "-", "", 1.0), "val/loss": ("validation", "-", "o", 2.0)}
-    for column, (label, line, marker, width) in styles.items():
-        points = [(row["step"], row[column]) for row in rows if column in row]
-        axes.plot(*zip(*points, strict=True), linestyle=line, marker=marker, linewidth=width, label=label)
-    axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    with atomic_write(picture) as file:
-        file.write(image.getvalue())
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 2 after printing what is wrong with the input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flash_attn_train.report", description="Write the report of a run again."
+    )
+    parser.add_argument("run_folder", type=Path, help="folder of the run, such as runs/quickstart")
+    folder: Path = parser.parse_args(argv).run_folder
+    try:
+        print(write_report(folder))
+    except UserError as error:
+        print(f"flash-attn-train: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

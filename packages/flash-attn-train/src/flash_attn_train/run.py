@@ -3,37 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import shutil
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from flash_attn_models.gpt import GPTConfig
+import torch
+from flash_attn_models.gpt import GPTLMHeadModel
 
 from flash_attn_train.atomic import atomic_write
-from flash_attn_train.callbacks import Metrics
-from flash_attn_train.checkpoints import check_same_config, check_same_data, read_checkpoint
+from flash_attn_train.callbacks import Metrics, WatchedRun, build_callbacks
+from flash_attn_train.checkpoints import check_same_config, check_same_data, read_header
 from flash_attn_train.configs import TrainConfig, check_config
 from flash_attn_train.console import duration, say
-from flash_attn_train.data import Corpus, PreparedData, TokenDataModule, prepare_data, read_corpus
+from flash_attn_train.data import DataModule, build_data
 from flash_attn_train.device import resolve
-from flash_attn_train.errors import ConfigError
-from flash_attn_train.loggers import read_metrics
-from flash_attn_train.optim import warmup_cosine
-from flash_attn_train.report import RunResult, describe_run, draw_loss_curve
+from flash_attn_train.distributed import data_parallel_size, is_rank_zero, on_rank_zero
+from flash_attn_train.models import DataSizes, build_model
+from flash_attn_train.report import write_report
 from flash_attn_train.run_folder import RunFolder, choose_run_folder, write_config, write_manifest
 from flash_attn_train.sample import write_sample
-from flash_attn_train.tasks import LanguageModel
+from flash_attn_train.summary import RunResult, describe_run, result_of
+from flash_attn_train.tasks import Task, build_task
 from flash_attn_train.trainer import build_trainer, quiet_lightning
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        folder: of the run.
+        checkpoint: that it continues; None for a new run.
+        step: optimizer steps that are done already.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    step: int
 
 
 def train(config: TrainConfig) -> RunResult:
     """Trains, or continues training, as the config says, and prints what it does as it goes.
 
-    Whatever can be found wrong before training is found before anything is written to the run folder.
+    Whatever can be found wrong before training is found before anything is written to the run folder. With several
+    processes all of them call this; the first one prints and writes, and its result is complete.
 
     Raises:
         UserError: see :mod:`flash_attn_train.errors`.
@@ -41,115 +57,112 @@ def train(config: TrainConfig) -> RunResult:
     started = time.perf_counter()
     check_config(config)
     config = resolve(config)
-    folder, checkpoint = choose_run_folder(config)
-    say(f"run folder {folder.path}")
-    first_step = 0
-    if checkpoint is not None:
-        saved = read_checkpoint(checkpoint)
-        check_same_config(checkpoint, saved, config)
-        first_step = saved["global_step"]
-        say(f"continuing from step {first_step} of {checkpoint}")
-
-    corpus = read_corpus(
-        config.data.path, suffixes=config.data.suffixes, val_fraction=config.data.val_fraction
-    )
-    data = prepare_data(
-        corpus, config.tokenizer, seqlen=config.model.max_seqlen, cache_dir=config.data.cache_dir
-    )
-    if checkpoint is not None:
-        check_same_data(checkpoint, saved, config, data.key)
-        del saved  # it is as large as the training state
+    start = on_rank_zero(lambda: _find_start(config), accelerator=config.trainer.accelerator)
+    folder = RunFolder(start.folder)
+    data = build_data(config)
+    if start.checkpoint is not None:
+        check_same_data(start.checkpoint, read_header(start.checkpoint), config, data.key)
 
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    module = LanguageModel(_model_config(config, data.vocab_size), config.optimizer, _schedule(config))
-    facts = describe_run(config, corpus, data, module.model)
-    for name, value in facts.items():
-        say(f"{name:<10} {value}")
-    _start_folder(folder, config, data, {"first_step": first_step, **facts})
-
-    tokens_per_forward = config.trainer.batch_size * config.model.max_seqlen
-    metrics = Metrics(
-        every_n_steps=config.logging.every_n_steps,
-        tokens_per_step=tokens_per_forward * config.trainer.accumulate_grad_batches,
-        val_bytes_per_token=corpus.num_bytes["validation"] / len(data.validation),
+    sizes = DataSizes(vocab_size=data.vocab_size, num_classes=data.num_classes)
+    task = build_task(config if start.checkpoint is None else _without_warm_start(config), sizes)
+    facts = _describe(config, task, data, sizes)
+    if is_rank_zero():
+        for name, value in facts.items():
+            say(f"{name:<10} {value}")
+    on_rank_zero(
+        lambda: _start_folder(folder, config, data, {"first_step": start.step, **facts}),
+        accelerator=config.trainer.accelerator,
     )
+    metrics, callbacks = build_callbacks(config.callbacks, _watched(config, folder, data))
     with quiet_lightning():
-        trainer = build_trainer(config, folder, metrics, data_key=data.key, first_step=first_step)
-        batches = _batches(config, data)
-        if checkpoint is None:
-            trainer.validate(module, batches, verbose=False)
-        trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
-
-    draw_loss_curve(folder.metrics, folder.picture, title=f"{folder.path.name}: {facts['model']}")
-    result = _result(folder, metrics, sample=_sample(config, corpus, data, module, folder))
-    say(f"\n{result}\n\n{duration(time.perf_counter() - started)} in all")
-    return result
+        trainer = build_trainer(config, folder, callbacks, data_key=data.key, first_step=start.step)
+        if start.checkpoint is None:
+            trainer.validate(task, data, verbose=False)
+        trainer.fit(task, data, ckpt_path=start.checkpoint, weights_only=True)
+    return _finish(config, task, data, folder, metrics, trainer, started)
 
 
-def _model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
-    try:
-        return GPTConfig(vocab_size=vocab_size, **dataclasses.asdict(config.model))
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from error
+def _find_start(config: TrainConfig) -> Start:
+    folder, checkpoint = choose_run_folder(config)
+    say(f"run folder {folder.path}")
+    if checkpoint is None:
+        return Start(folder.path, None, 0)
+    header = read_header(checkpoint)
+    check_same_config(checkpoint, header, config)
+    say(f"continuing from step {header['global_step']} of {checkpoint}")
+    return Start(folder.path, checkpoint, header["global_step"])
 
 
-def _schedule(config: TrainConfig) -> Callable[[int], float]:
-    schedule = config.scheduler
-    assert schedule.warmup_steps is not None and schedule.decay_steps is not None  # resolved
-    return functools.partial(
-        warmup_cosine,
-        warmup_steps=schedule.warmup_steps,
-        decay_steps=schedule.decay_steps,
-        min_lr_ratio=schedule.min_lr_ratio,
+def _without_warm_start(config: TrainConfig) -> TrainConfig:
+    """For a run that is continued: its weights are in the checkpoint, and the first ones may be gone."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, warm_start=None))
+
+
+def _describe(config: TrainConfig, task: Task, data: DataModule, sizes: DataSizes) -> dict[str, str]:
+    trainer = config.trainer
+    with torch.device("meta"):
+        model = build_model(config.model, sizes)
+    return describe_run(
+        config,
+        model,
+        data.describe(),
+        tokens_per_sample=task.tokens_per_sample,
+        global_batch_size=trainer.batch_size * trainer.accumulate_grad_batches * data_parallel_size(config),
     )
 
 
-def _start_folder(
-    folder: RunFolder, config: TrainConfig, data: PreparedData, session: dict[str, Any]
-) -> None:
+def _start_folder(folder: RunFolder, config: TrainConfig, data: DataModule, session: dict[str, Any]) -> None:
     folder.last_checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(data.tokenizer_file, folder.tokenizer)
+    if data.tokenizer is not None:
+        with atomic_write(folder.tokenizer) as file:
+            file.write(data.tokenizer.to_str(pretty=True).encode())
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     write_manifest(folder, {"started": started, "data_key": data.key, **session})
     write_config(folder, config)
 
 
-def _batches(config: TrainConfig, data: PreparedData) -> TokenDataModule:
-    return TokenDataModule(
-        data.train,
-        data.validation,
-        seqlen=config.model.max_seqlen,
-        batch_size=config.trainer.batch_size,
-        seed=config.seed,
-        val_sequences=config.trainer.val_sequences,
-        num_workers=config.data.num_workers,
+def _watched(config: TrainConfig, folder: RunFolder, data: DataModule) -> WatchedRun:
+    return WatchedRun(
+        folder=folder.path,
+        task=config.task,
+        every_n_steps=config.logger.every_n_steps,
+        nan=config.trainer.nan,
+        val_bytes_per_token=data.val_bytes_per_token if config.metrics.bits_per_byte else None,
     )
 
 
-def _sample(
-    config: TrainConfig, corpus: Corpus, data: PreparedData, module: LanguageModel, folder: RunFolder
-) -> str:
-    if config.generation.max_new_tokens == 0:
+def _finish(
+    config: TrainConfig,
+    task: Task,
+    data: DataModule,
+    folder: RunFolder,
+    metrics: Metrics,
+    trainer: pl.Trainer,
+    started: float,
+) -> RunResult:
+    """Sample, report and closing lines."""
+    sample = _sample(config, task, data)  # by all processes: they may share the model
+    if not trainer.is_global_zero:
+        return result_of(folder, metrics)
+    if sample:
+        with atomic_write(folder.sample) as file:
+            file.write(sample.encode())
+    result = result_of(folder, metrics, sample=sample)
+    write_report(folder.path)
+    say(f"\n{result}\n\n{duration(time.perf_counter() - started)} in all")
+    return result
+
+
+def _sample(config: TrainConfig, task: Task, data: DataModule) -> str:
+    if (
+        config.generation.max_new_tokens == 0
+        or data.tokenizer is None
+        or not isinstance(task.model, GPTLMHeadModel)
+    ):
         return ""
-    prompt = corpus.prompt if config.generation.prompt is None else config.generation.prompt
-    sample = write_sample(module.model, data.tokenizer, config.generation, prompt=prompt, seed=config.seed)
-    with atomic_write(folder.sample) as file:
-        file.write(sample.encode())
-    return sample
-
-
-def _result(folder: RunFolder, metrics: Metrics, *, sample: str) -> RunResult:
-    validations = [row for row in read_metrics(folder.metrics) if "val/loss" in row]
-    return RunResult(
-        folder=folder.path,
-        first_val_loss=validations[0]["val/loss"],
-        last_val_loss=validations[-1]["val/loss"],
-        last_val_perplexity=validations[-1]["val/perplexity"],
-        last_val_bits_per_byte=validations[-1]["val/bits_per_byte"],
-        tokens=metrics.tokens,
-        seconds=metrics.seconds,
-        last_checkpoint=folder.last_checkpoint,
-        best_checkpoint=folder.best_checkpoint,
-        picture=folder.picture,
-        sample=sample,
+    prompt = data.prompt if config.generation.prompt is None else config.generation.prompt
+    assert data.end_of_text_id is not None
+    return write_sample(
+        task.model, data.tokenizer, data.end_of_text_id, config.generation, prompt=prompt, seed=config.seed
     )

@@ -10,17 +10,21 @@ from flash_attn_models.gpt import GPTLMHeadModel
 from tokenizers import Tokenizer
 
 from flash_attn_train.configs import GenerationConfig
-from flash_attn_train.data.tokenizer import end_of_text_id
 
 
 def write_sample(
-    model: GPTLMHeadModel, tokenizer: Tokenizer, config: GenerationConfig, *, prompt: str, seed: int
+    model: GPTLMHeadModel,
+    tokenizer: Tokenizer,
+    end_of_text: int,
+    config: GenerationConfig,
+    *,
+    prompt: str,
+    seed: int,
 ) -> str:
     """Prompt and continuation, up to the end of the text, ``max_new_tokens`` or the context.
 
     An empty prompt starts a text of its own. Of a prompt longer than half of the context, the end is used.
     """
-    end_of_text = end_of_text_id(tokenizer)
     ids = tokenizer.encode(prompt).ids or [end_of_text]  # a text of its own follows the end of another
     context = model.config.max_seqlen
     ids = ids[-max(1, context // 2) :]

@@ -9,36 +9,47 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.loggers.logger import Logger
 
-from flash_attn_train.callbacks import METRICS, FinalValidation, Metrics, Progress, RunCheckpoint
+from flash_attn_train.callbacks import RunCheckpoint
 from flash_attn_train.checkpoints import AtomicCheckpointIO
 from flash_attn_train.configs import TrainConfig
 from flash_attn_train.configs.checks import flatten
-from flash_attn_train.loggers import MetricsCSV
+from flash_attn_train.distributed import build_strategy, cluster_environment
+from flash_attn_train.loggers import build_loggers
 from flash_attn_train.run_folder import RunFolder
 
 
 def build_trainer(
-    config: TrainConfig, folder: RunFolder, metrics: Metrics, *, data_key: str, first_step: int
+    config: TrainConfig,
+    folder: RunFolder,
+    callbacks: list[pl.Callback],
+    *,
+    data_key: str,
+    first_step: int,
 ) -> pl.Trainer:
-    """A trainer for the (resolved) config that measures with ``metrics`` and writes into the run folder.
+    """A trainer for the (resolved) config that is watched by ``callbacks`` and writes into the run folder.
 
     Logs of earlier sessions are kept up to ``first_step``.
     """
-    settings = config.trainer
+    settings, options = config.trainer, flatten(config)
     saving = RunCheckpoint(
         folder.last_checkpoint,
         folder.best_checkpoint,
         every_n_steps=config.checkpoint.every_n_steps,
         val_every_n_steps=settings.val_every_n_steps,
-        config=flatten(config),
+        config=options,
         data_key=data_key,
+        keep_every_n_steps=config.checkpoint.keep_every_n_steps,
+        keep_top_k=config.checkpoint.keep_top_k,
+        save_on_error=config.checkpoint.save_on_error,
     )
+    environment = cluster_environment()
+    plugins: list[Any] = [AtomicCheckpointIO(), *([environment] if environment is not None else [])]
     return pl.Trainer(
         accelerator=settings.accelerator,
-        devices=1,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=build_strategy(config.strategy, config),
         precision=cast(Any, settings.precision),  # a plain str; check_config knows the choices
         max_steps=settings.max_steps,
         max_epochs=-1,
@@ -51,22 +62,14 @@ def build_trainer(
         # What a model keeps from the first validation, such as rotary tables, is used in training, where
         # inference tensors are not allowed.
         inference_mode=False,
-        callbacks=[metrics, Progress(metrics), FinalValidation(), saving],
-        logger=_loggers(config, folder, first_step),
-        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,  # the data module gives each rank its share
+        callbacks=[*callbacks, saving],
+        logger=build_loggers(config.logger, folder.path, options=options, first_step=first_step),
+        plugins=plugins,
         enable_model_summary=False,
         enable_autolog_hparams=False,
         default_root_dir=folder.path,
     )
-
-
-def _loggers(config: TrainConfig, folder: RunFolder, first_step: int) -> list[Logger]:
-    loggers: list[Logger] = [MetricsCSV(folder.metrics, METRICS, resume_step=first_step)]
-    if config.logging.tensorboard:
-        loggers.append(
-            TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=first_step + 1)
-        )
-    return loggers
 
 
 @contextmanager
@@ -76,6 +79,7 @@ def quiet_lightning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*ReduceLROnPlateau conditioned on metric.*")
         try:
             for name in levels:
                 logging.getLogger(name).setLevel(logging.WARNING)

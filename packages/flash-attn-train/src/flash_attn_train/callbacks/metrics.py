@@ -2,108 +2,166 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor
 
-METRICS = (
-    "tokens",
-    "train/loss",
-    "lr",
-    "grad_norm",
-    "tokens_per_s",
-    "val/loss",
-    "val/perplexity",
-    "val/bits_per_byte",
-)
+from flash_attn_train.callbacks.measurement import Measurement, Window, is_record_due
+from flash_attn_train.callbacks.processes import data_parallel_group, is_first_of_group
+from flash_attn_train.callbacks.stopwatch import Stopwatch
+from flash_attn_train.metrics import Seen, bits_per_byte
 
 
 class Metrics(pl.Callback):
     """Measures and sends to the trainer's loggers. Step n is the state after n optimizer steps.
 
-    Between logged steps nothing waits for the device. The training loss is that of the logged step alone
-    (mean over its forward passes), so a resumed run logs the same numbers as an uninterrupted one. The
-    gradient norm is the one before clipping. Speed is tokens trained on per second since the record before,
-    leaving out validation.
+    Between training records nothing waits for the device. The training loss is that of the recorded step alone (mean
+    over its forward passes and over processes), so a resumed run logs the same numbers as an uninterrupted one. The
+    gradient norm is the one before clipping. Speed is what all processes together have trained on per second since
+    the record before, leaving out validation. Tokens, or samples of images, are counted from the first session on.
+
+    Validation records hold whatever the task logged under a name that starts with "val/".
+
+    (Lightning's LearningRateMonitor would make records of its own, under other steps; its ThroughputMonitor waits for
+    the device in every batch, and takes the speed of sparse matrices for the peak of some devices.)
 
     Args:
         every_n_steps: steps between training records.
-        tokens_per_step: target tokens of one optimizer step.
-        val_bytes_per_token: length of the held-out text in bytes over its length in tokens, for bits per
-            byte, which compares models with different tokenizers: loss / ln 2 / bytes per token.
+        measurements: callbacks of the trainer that add to the training records.
+        val_bytes_per_token: length of the held-out text in bytes over its length in tokens, for bits per byte, which
+            compares models with different tokenizers: loss / ln 2 / bytes per token. None: not computed.
     """
 
-    def __init__(self, *, every_n_steps: int, tokens_per_step: int, val_bytes_per_token: float) -> None:
-        self.every_n_steps, self.tokens_per_step = every_n_steps, tokens_per_step
+    def __init__(
+        self,
+        *,
+        every_n_steps: int,
+        measurements: Sequence[Measurement] = (),
+        val_bytes_per_token: float | None = None,
+    ) -> None:
+        self.every_n_steps, self.measurements = every_n_steps, measurements
         self.val_bytes_per_token = val_bytes_per_token
         self.training: dict[str, float] = {}  # the newest records, for display
         self.validation: dict[str, float] = {}
+        self._unit = "tokens"  # what is counted; "samples" for images
+        self._seen: Seen | None = None
+        self._totals = self._first_totals = {"tokens": 0, "samples": 0}
         self._stopwatch = Stopwatch()
-        self._first_step = self._step = 0
-        self._at_record = (0, 0.0)  # step and seconds
-        self._lr = 0.0
-        self._loss: torch.Tensor | None = None
+        self._step = 0
+        self._at_record = (0, 0.0, self._totals)  # step, seconds, totals
+        self._rates: dict[str, float] = {}
+        self._loss: Tensor | None = None
 
     @property
     def tokens(self) -> int:
-        """Target tokens that this process has trained on."""
-        return (self._step - self._first_step) * self.tokens_per_step
+        """Tokens that this session has trained on, all processes together; 0 for images."""
+        return self._totals["tokens"] - self._first_totals["tokens"]
+
+    @property
+    def samples(self) -> int:
+        """Samples that this session has trained on, all processes together."""
+        return self._totals["samples"] - self._first_totals["samples"]
 
     @property
     def seconds(self) -> float:
-        """Seconds that this process has spent on training, leaving out validation."""
+        """Seconds that this session has spent on training, leaving out validation."""
         return self._stopwatch.seconds
 
+    def state_dict(self) -> dict[str, Any]:
+        # Called on all processes together.
+        return {} if self._seen is None else {"seen": self._seen.totals()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._totals = self._first_totals = state_dict["seen"]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._first_step = self._step = trainer.global_step
-        self._at_record = (self._step, 0.0)
+        group = data_parallel_group(trainer)
+        self._seen = Seen(process_group=group).to(pl_module.device)
+        self._seen.restore(self._totals, is_first=is_first_of_group(group))
+        self._first_totals = self._totals
+        self._step = trainer.global_step
+        self._at_record = (self._step, 0.0, self._totals)
         self._stopwatch.start()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        self._lr = optimizer.param_groups[0]["lr"]
+        groups = optimizer.param_groups
+        self._rates = {"lr": float(groups[0]["lr"])}
+        # Groups with another rate, where they have names.
+        self._rates |= {
+            f"lr/{group['name']}": float(group["lr"])
+            for group in groups[1:]
+            if "name" in group and group["lr"] != groups[0]["lr"]
+        }
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        assert self._seen is not None
+        self._seen.update(batch)
+        self._unit = _unit_of(batch)
         self._loss = outputs["loss"] if self._loss is None else self._loss + outputs["loss"]
         if trainer.global_step == self._step:  # gradients are still being accumulated
             return
         self._step = trainer.global_step
-        if self._step % self.every_n_steps == 0 or self._step == trainer.max_steps:
-            loss = self._loss.item() / trainer.accumulate_grad_batches
-            self._record(trainer, pl_module, loss)
+        if is_record_due(trainer, self._step, self.every_n_steps):
+            self._record(trainer, pl_module, self._loss / trainer.accumulate_grad_batches)
         self._loss = None
 
-    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: float) -> None:
-        last_step, last_seconds = self._at_record
-        self._at_record = (self._step, self.seconds)
-        self.training = {
-            "tokens": self._step * self.tokens_per_step,
-            "train/loss": loss,
-            "lr": self._lr,
-            "grad_norm": float(cast(torch.Tensor, pl_module.grad_norm)),
-            "tokens_per_s": (self._step - last_step) * self.tokens_per_step / (self.seconds - last_seconds),
-        }
-        self._log(trainer, self.training)
+    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        assert self._seen is not None
+        values = {"train/loss": trainer.strategy.reduce(loss, reduce_op="mean").item(), **self._rates}
+        grad_norm = getattr(pl_module, "grad_norm", None)
+        if grad_norm is not None:
+            values["grad_norm"] = float(grad_norm)
+        self._totals = self._seen.totals()
+        last_step, last_seconds, last_totals = self._at_record
+        self._at_record = (self._step, self.seconds, self._totals)
+        window = Window(
+            seconds=self.seconds - last_seconds,
+            steps=self._step - last_step,
+            samples=self._totals["samples"] - last_totals["samples"],
+            tokens=self._totals["tokens"] - last_totals["tokens"],
+        )
+        amount = getattr(window, self._unit)
+        values = {**self._counts(), **values, f"{self._unit}_per_s": amount / window.seconds}
+        for measurement in self.measurements:
+            values |= measurement.measure(trainer, pl_module, window)
+        self.training = values
+        self._log(trainer, values)
+
+    def _counts(self) -> dict[str, float]:
+        return {self._unit: self._totals[self._unit]}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stopwatch.stop()
 
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._unit = _unit_of(batch)  # there may have been no training yet
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loss = trainer.callback_metrics["val/loss"].item()
-        self.validation = {
-            "tokens": trainer.global_step * self.tokens_per_step,
-            "val/loss": loss,
-            "val/perplexity": math.exp(min(loss, 700.0)),
-            "val/bits_per_byte": loss / math.log(2.0) / self.val_bytes_per_token,
+        if trainer.sanity_checking:
+            return
+        if self._seen is not None:
+            self._totals = self._seen.totals()
+        values = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")
         }
+        if self.val_bytes_per_token is not None and "val/loss" in values:
+            values["val/bits_per_byte"] = bits_per_byte(values["val/loss"], self.val_bytes_per_token)
+        self.validation = {**self._counts(), **values}
         self._log(trainer, self.validation)
         if trainer.state.fn == TrainerFn.FITTING:
             self._stopwatch.start()
@@ -117,21 +175,5 @@ class Metrics(pl.Callback):
             logger.log_metrics(dict(metrics), step=trainer.global_step)
 
 
-class Stopwatch:
-    """Seconds between starts and stops, added up."""
-
-    def __init__(self) -> None:
-        self._total = 0.0
-        self._started: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        running = 0.0 if self._started is None else time.perf_counter() - self._started
-        return self._total + running
-
-    def start(self) -> None:
-        if self._started is None:
-            self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        self._total, self._started = self.seconds, None
+def _unit_of(batch: Any) -> str:
+    return "tokens" if "input_ids" in batch else "samples"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,7 +15,10 @@ from flash_attn_train.console import duration, is_terminal, say
 
 
 class Progress(pl.callbacks.ProgressBar):
-    """Shows what ``metrics`` measures, with the time left. Must come after it in the trainer's callbacks."""
+    """Shows what ``metrics`` measures, with the time left. Must come after it in the trainer's callbacks.
+
+    Only the first process shows anything: Lightning disables the bars of the others.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         super().__init__()
@@ -54,14 +58,16 @@ class Progress(pl.callbacks.ProgressBar):
             return
         self._shown = record
         if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"loss {record['train/loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s"
-            )
+            self._bar.set_postfix_str(", ".join([f"loss {record['train/loss']:.3f}", *_speed(record)]))
         else:
-            say(
-                f"step {trainer.global_step}/{trainer.max_steps}  loss {record['train/loss']:.3f}  "
-                f"lr {record['lr']:.1e}  {record['tokens_per_s']:,.0f} tokens/s  ETA {self._eta(trainer)}"
-            )
+            parts = [
+                f"step {trainer.global_step}/{trainer.max_steps}",
+                f"loss {record['train/loss']:.3f}",
+                f"lr {record['lr']:.1e}",
+                *_speed(record),
+                f"ETA {self._eta(trainer)}",
+            ]
+            say("  ".join(parts))
 
     def _eta(self, trainer: pl.Trainer) -> str:
         first_step, started = self._start
@@ -70,11 +76,11 @@ class Progress(pl.callbacks.ProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._enabled:
-            result = self.metrics.validation
-            say(
-                f"step {trainer.global_step}/{trainer.max_steps}  validation loss {result['val/loss']:.3f}  "
-                f"perplexity {result['val/perplexity']:.1f}  {result['val/bits_per_byte']:.3f} bits/byte"
-            )
+            parts = [
+                f"step {trainer.global_step}/{trainer.max_steps}",
+                *describe_validation(self.metrics.validation),
+            ]
+            say("  ".join(parts))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
@@ -88,3 +94,24 @@ class Progress(pl.callbacks.ProgressBar):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _speed(record: Mapping[str, float]) -> list[str]:
+    """Speed in words, such as ``12,345 tokens/s`` and ``MFU 45.6 %``."""
+    parts = [
+        f"{record[f'{unit}_per_s']:,.0f} {unit}/s"
+        for unit in ("tokens", "samples")
+        if f"{unit}_per_s" in record
+    ]
+    return [*parts, f"MFU {record['mfu']:.1%}"] if "mfu" in record else parts
+
+
+def describe_validation(record: Mapping[str, float]) -> list[str]:
+    """A validation record in words, the loss first."""
+    formats = {
+        "val/loss": "validation loss {:.3f}",
+        "val/perplexity": "perplexity {:.1f}",
+        "val/bits_per_byte": "{:.3f} bits/byte",
+        "val/accuracy": "accuracy {:.2%}",
+    }
+    return [text.format(record[name]) for name, text in formats.items() if name in record]

@@ -1,4 +1,4 @@
-"""Checks of a config against the schema: known keys, types, ranges, and what must fit together."""
+"""Checks of a config against the schema: types, ranges, and what must fit together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from flash_attn_train.configs.fit import check_together
 from flash_attn_train.configs.schema import TrainConfig
 from flash_attn_train.errors import ConfigError
 
@@ -34,20 +35,27 @@ class Option:
 
 def describe_type(annotation: Any) -> str:
     """The type in words, e.g. ``a whole number or null``."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return " or ".join(describe_type(part) for part in typing.get_args(annotation))
-    if typing.get_origin(annotation) is list:
-        return "a list of " + describe_type(typing.get_args(annotation)[0])
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(part) for part in arguments)
+    if origin is list:
+        return "a list of " + describe_type(arguments[0])
+    if origin is dict:
+        return "a mapping"
+    if dataclasses.is_dataclass(annotation):
+        return "{" + ", ".join(field.name for field in dataclasses.fields(annotation)) + "}"
     return _TYPE_NAMES[annotation]
 
 
-def options(schema: type = TrainConfig, prefix: str = "") -> Iterator[Option]:
-    """Every leaf option of the schema in order, with dotted keys."""
-    hints = typing.get_type_hints(schema)
+def options(schema: Any = TrainConfig, prefix: str = "") -> Iterator[Option]:
+    """Every leaf option in order, with dotted keys: of a config, or of a config class with its default variants."""
+    hints = typing.get_type_hints(schema if isinstance(schema, type) else type(schema))
     for item in dataclasses.fields(schema):
         annotation = hints[item.name]
         if dataclasses.is_dataclass(annotation):
-            yield from options(typing.cast(type, annotation), f"{prefix}{item.name}.")
+            section = typing.cast(Callable, item.default_factory)() if isinstance(schema, type) else None
+            chosen = getattr(schema, item.name) if section is None else type(section)
+            yield from options(chosen, f"{prefix}{item.name}.")
         else:
             factory = item.default_factory
             default = item.default if factory is dataclasses.MISSING else factory()
@@ -55,8 +63,20 @@ def options(schema: type = TrainConfig, prefix: str = "") -> Iterator[Option]:
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
-    """Dotted key -> value."""
-    return {option.key: get_value(config, option.key) for option in options()}
+    """Dotted key -> value, and section -> name of its class for those with variants."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        section = getattr(config, item.name)
+        if dataclasses.is_dataclass(section) and type(section).__bases__ != (object,):
+            flat[item.name] = type(section).__name__
+    for option in options(config):
+        value = get_value(config, option.key)
+        flat[option.key] = [_plain(element) for element in value] if isinstance(value, list) else value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
 
 
 def get_value(config: Any, key: str) -> Any:
@@ -67,12 +87,16 @@ def get_value(config: Any, key: str) -> Any:
 
 def unknown_key(key: str, known: list[str]) -> ConfigError:
     """The error for a key that the schema does not have, with the nearest one that it has."""
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    # A right name in the wrong section ("n_layer", "trainer.lr") is nearer than a similar spelling.
-    same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    section, _, name = key.rpartition(".")
+    # A right name in the wrong section ("n_layer", "trainer.lr") is nearer than a similar spelling, and a name in the
+    # right section nearer than one elsewhere.
+    same_name = [other for other in known if other.split(".")[-1] == name]
+    same_section = [other for other in known if section and other.startswith(f"{section}.")]
+    nearest = same_name or difflib.get_close_matches(key, same_section or known, n=1, cutoff=0.0)
+    topic = section.split(".")[0] if same_section else "all"
     return ConfigError(
-        f"unknown config key {key!r}: the nearest valid name is {(same_name or nearest)[0]!r}. "
-        "`flash-attn-train --help` lists all of them."
+        f"unknown config key {key!r}: the nearest valid name is {nearest[0]!r}. `flash-attn-train --help={topic}` "
+        f"lists {'those of this section' if same_section else 'all of them'}."
     )
 
 
@@ -82,20 +106,23 @@ def wrong_type(key: str, got: Any, annotation: Any) -> ConfigError:
 
 def check_config(config: TrainConfig) -> None:
     """Raises :class:`ConfigError` unless every value has its type, is in range, and fits the others."""
-    for option in options():
+    for option in options(config):
         value = get_value(config, option.key)
         if not _has_type(value, option.type):
             raise wrong_type(option.key, value, option.type)
         if value is not None:
             _check_limits(option, value)
-    _check_together(config)
+    check_together(config)
 
 
 def _has_type(value: Any, annotation: Any) -> bool:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return any(_has_type(value, part) for part in typing.get_args(annotation))
-    if typing.get_origin(annotation) is list:
-        return isinstance(value, list) and all(_has_type(v, typing.get_args(annotation)[0]) for v in value)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_has_type(value, part) for part in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_has_type(element, arguments[0]) for element in value)
+    if origin is dict:
+        return isinstance(value, dict)
     if annotation is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if annotation is int:
@@ -121,27 +148,8 @@ def _check_limits(option: Option, value: Any) -> None:
 def describe_limits(option: Option) -> str:
     """Type and range in words, e.g. ``a number or null, above 0.0 and at most 1.0``."""
     if "choices" in option.metadata:
-        return "one of " + ", ".join(option.metadata["choices"])
+        return "one of " + ", ".join(map(str, option.metadata["choices"]))
     limits = [
         f"{words} {option.metadata[name]}" for name, (words, _) in _LIMITS.items() if name in option.metadata
     ]
     return ", ".join([describe_type(option.type), *([" and ".join(limits)] if limits else [])])
-
-
-def _check_together(config: TrainConfig) -> None:
-    model, scheduler = config.model, config.scheduler
-    if model.d_model % model.n_head:
-        raise ConfigError(
-            f"model.d_model: got {model.d_model}, expected a multiple of model.n_head ({model.n_head}); "
-            "change one of the two."
-        )
-    if model.n_head_kv is not None and model.n_head % model.n_head_kv:
-        raise ConfigError(
-            f"model.n_head_kv: got {model.n_head_kv}, expected a divisor of model.n_head ({model.n_head})."
-        )
-    decay_steps = scheduler.decay_steps or config.trainer.max_steps
-    if scheduler.warmup_steps is not None and scheduler.warmup_steps > decay_steps:
-        raise ConfigError(
-            f"scheduler.warmup_steps: got {scheduler.warmup_steps}, expected at most {decay_steps}, the "
-            "length of the schedule (scheduler.decay_steps, or trainer.max_steps where that is null)."
-        )

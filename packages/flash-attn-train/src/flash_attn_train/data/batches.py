@@ -1,71 +1,74 @@
-"""Batches as a function of (seed, number): nothing to save and nothing to fast-forward when a run resumes."""
+"""Batches as a function of their number, for a process among several."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset, Sampler
+
+from flash_attn_train.data.permutation import permute
+from flash_attn_train.data.share import Share
+
+__all__ = ["Batch", "CountFrom", "Samples", "TrainBatches", "ValidationBatches", "permute"]
+
+Batch = dict[str, Any]
+
+
+class Samples(Protocol):
+    """Samples as a pure function of their number."""
+
+    def __len__(self) -> int:
+        """Samples per epoch in training; samples in all in validation."""
+        ...
+
+    def batch(self, numbers: np.ndarray) -> Batch:
+        """The samples with these numbers, (n,) int64, stacked. In training numbers go on without end; in validation
+        they are below ``len``. ``batch["labels"]`` is integer in validation."""
+        ...
 
 
 class TrainBatches(Dataset):
-    """Batch number i, i = 0, 1, 2, ...: (batch_size, seqlen + 1) int64; inputs are [:, :-1] and targets [:,
-        1:].
+    """Micro batch number i = 0, 1, 2, ... of one rank, see :class:`flash_attn_train.data.share.Share`."""
 
-    Epoch by epoch, the tokens are cut into windows of ``seqlen`` (each with one more token as last target),
-    from an offset that differs by epoch, and visited in an order that differs by epoch, each window once.
-    Offset and order are pure functions of (seed, epoch), so batch i is a pure function of (seed, i).
+    def __init__(self, samples: Samples, share: Share) -> None:
+        self.samples, self.share = samples, share
 
-    Args:
-        tokens: (n,) unsigned integers, n > seqlen.
-    """
-
-    def __init__(self, tokens: np.ndarray, *, seqlen: int, batch_size: int, seed: int) -> None:
-        self.tokens, self.seqlen, self.batch_size, self.seed = tokens, seqlen, batch_size, seed
-        # One window less than would fit leaves room to move the offset; with a single window there is none to
-        # spare.
-        self.windows_per_epoch = max(1, (len(tokens) - 1) // seqlen - 1)
-        self._slack = len(tokens) - 1 - self.windows_per_epoch * seqlen
-
-    def __getitem__(self, number: int) -> torch.Tensor:
-        ordinals = number * self.batch_size + np.arange(self.batch_size)
-        epochs, places = np.divmod(ordinals, self.windows_per_epoch)
-        starts = np.empty(self.batch_size, np.int64)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            offset = int(_mix(np.array([0], np.uint64), self._key(epoch, 0))[0] % np.uint64(self._slack + 1))
-            starts[chosen] = offset + self.seqlen * permute(
-                places[chosen], self.windows_per_epoch, self._key(epoch, 1)
-            )
-        return _gather(self.tokens, starts, self.seqlen)
-
-    def _key(self, epoch: int, purpose: int) -> int:
-        return int(np.random.SeedSequence([self.seed, int(epoch), purpose]).generate_state(1, np.uint64)[0])
+    def __getitem__(self, number: int) -> Batch:
+        return self.samples.batch(self.share.ordinals(number))
 
 
 class ValidationBatches(Dataset):
-    """Consecutive windows of the held-out tokens: all of them, or ``max_sequences`` spread evenly over them.
+    """One rank's part of the validation samples: every sample on one rank, once, and the same number of batches of
+    the same size on every rank.
 
-    Batch i is (at most batch_size, seqlen + 1) int64; only the last one can be smaller.
+    The samples are dealt out evenly over the batches. What a batch lacks to ``batch_size`` is filled with copies whose
+    labels are -100, which no loss and no metric counts.
+    With at least two samples per batch and as many samples as ranks, every batch has one that counts; with a
+    batch_size of 1, a last one may have none.
     """
 
-    def __init__(
-        self, tokens: np.ndarray, *, seqlen: int, batch_size: int, max_sequences: int | None = None
-    ) -> None:
-        self.tokens, self.seqlen, self.batch_size = tokens, seqlen, batch_size
-        windows = (len(tokens) - 1) // seqlen
-        count = windows if max_sequences is None else min(windows, max_sequences)
-        self.starts = seqlen * (np.arange(count, dtype=np.int64) * windows // count)
+    def __init__(self, samples: Samples, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.samples, self.batch_size = samples, batch_size
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        return -(-len(self.starts) // self.batch_size)
+        return -(-len(self.samples) // (self.batch_size * self.world_size))
 
-    def __getitem__(self, number: int) -> torch.Tensor:
+    def numbers(self, number: int) -> np.ndarray:
+        """Samples of batch ``number``, (at most batch_size,) int64."""
+        first, stop = (step * len(self.samples) // len(self) for step in (number, number + 1))
+        return np.arange(first + self.rank, stop, self.world_size, dtype=np.int64)
+
+    def __getitem__(self, number: int) -> Batch:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        first = number * self.batch_size
-        return _gather(self.tokens, self.starts[first : first + self.batch_size], self.seqlen)
+        numbers = self.numbers(number)
+        filler = np.zeros(self.batch_size - len(numbers), np.int64)
+        batch = self.samples.batch(np.concatenate([numbers, filler]))
+        batch["labels"][len(numbers) :] = -100
+        return batch
 
 
 class CountFrom(Sampler):
@@ -79,37 +82,3 @@ class CountFrom(Sampler):
         while True:
             yield number
             number += 1
-
-
-def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where a keyed pseudo-random permutation of range(size) takes each index; no table, so size has no
-    limit.
-
-    A balanced Feistel network on the smallest even number of bits that holds ``size``, applied again to
-    results that are not below ``size`` (cycle walking; Black and Rogaway, 2002). The domain is under 4 size +
-    4, so it takes about four applications at most on average.
-    """
-    half_bits = max(1, (int(size - 1).bit_length() + 1) // 2)
-    mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
-    result = np.array(index, np.uint64)
-    pending = np.ones(len(result), bool)
-    while pending.any():
-        left, right = result[pending] >> shift, result[pending] & mask
-        for round_number in range(4):
-            left, right = right, left ^ (_mix(right, key + round_number) & mask)
-        result[pending] = (left << shift) | right
-        pending = result >= size
-    return result.astype(np.int64)
-
-
-def _mix(value: np.ndarray, key: int) -> np.ndarray:
-    """A well-mixed 64-bit hash of (value, key): the finaliser of SplitMix64 (Steele et al., 2014)."""
-    mixed = value + np.uint64((key * 0x9E3779B97F4A7C15) % 2**64)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
-def _gather(tokens: np.ndarray, starts: np.ndarray, seqlen: int) -> torch.Tensor:
-    windows = tokens[starts[:, None] + np.arange(seqlen + 1)]
-    return torch.from_numpy(windows.astype(np.int64))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from flash_attn_train.data.source import hash_fraction
 from flash_attn_train.errors import DataError
 
 # Not the standard library's own source: other people's packages, test suites (three times the size of the
@@ -36,9 +37,18 @@ class Document:
     sha256: str
 
     def text(self) -> str:
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            return file.read(self.stop - self.start).decode("utf-8")
+        """The text, read again.
+
+        Raises:
+            DataError: the file went away or was changed into something else since it was found.
+        """
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.start)
+                return file.read(self.stop - self.start).decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            what = getattr(error, "strerror", None) or error
+            raise DataError(f"data.path: cannot read {self.path}: {what}.") from error
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,20 @@ class Corpus:
             "train": sum(d.stop - d.start for d in self.train),
             "validation": sum(d.stop - d.start for d in self.validation),
         }
+
+    def texts(self, split: str) -> Iterator[str]:
+        return (document.text() for document in self._documents(split))
+
+    def num_texts(self, split: str) -> int:
+        return len(self._documents(split))
+
+    def notes(self) -> str:
+        if not self.skipped:
+            return ""
+        return f"{len(self.skipped)} files skipped (not UTF-8 text), e.g. {self.skipped[0]}"
+
+    def _documents(self, split: str) -> tuple[Document, ...]:
+        return {"train": self.train, "validation": self.validation}[split]
 
     def fingerprint(self) -> str:
         """SHA-256 of what is in each split: names and contents, nothing of where or when."""
@@ -92,7 +116,7 @@ def read_corpus(path: str | None, *, suffixes: list[str] | None = None, val_frac
             "Python standard library",
             "def __init__(self",
         )
-        files = _files_under(root, [".py"], _STDLIB_SKIPPED)
+        files = files_under(root, [".py"], _STDLIB_SKIPPED)
         hint = "This Python has no library source on disk; set data.path to a text file or folder."
     else:
         root, title, prompt = Path(path).expanduser(), str(path), ""
@@ -102,7 +126,7 @@ def read_corpus(path: str | None, *, suffixes: list[str] | None = None, val_frac
             raise DataError(
                 f"data.path: {root} does not exist; expected a text file or a folder of text files."
             )
-        files = _files_under(root, suffixes or [], set())
+        files = files_under(root, suffixes or [], set())
         hint = "Expected at least one text file" + (f" ending in {', '.join(suffixes)}." if suffixes else ".")
 
     documents, skipped = _read_documents(root, files)
@@ -115,7 +139,7 @@ def read_corpus(path: str | None, *, suffixes: list[str] | None = None, val_frac
     return Corpus(title, train, validation, tuple(skipped), prompt)
 
 
-def _files_under(root: Path, suffixes: list[str], skipped_folders: set[str]) -> Iterator[Path]:
+def files_under(root: Path, suffixes: list[str], skipped_folders: set[str]) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(
             name
@@ -160,16 +184,11 @@ def _read(file: Path) -> bytes:
         raise DataError(f"data.path: cannot read {file}: {error.strerror}.") from error
 
 
-def _hash_fraction(name: str) -> float:
-    """Where the name falls in the hash range, from 0 to 1."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-
-
 def _split_by_file(
     documents: list[Document], val_fraction: float
 ) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
-    ranked = sorted(documents, key=lambda document: _hash_fraction(document.name))
-    count = sum(_hash_fraction(document.name) < val_fraction for document in documents)
+    ranked = sorted(documents, key=lambda document: hash_fraction(document.name))
+    count = sum(hash_fraction(document.name) < val_fraction for document in documents)
     count = min(max(count, 1), len(documents) - 1)
     held_out = {document.name for document in ranked[:count]}
     train = tuple(document for document in documents if document.name not in held_out)

@@ -1,35 +1,46 @@
-"""Corpus -> tokenizer and token files, kept in a cache that is keyed by the content of the corpus."""
+"""Text -> tokenizer and token files, kept in a cache that is keyed by the text's identity and the settings."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flash_attn_train.atomic import sync_folder
-from flash_attn_train.configs import TokenizerConfig
+from flash_attn_train.atomic import atomic_write, sync_folder
+from flash_attn_train.configs.data import TokenizerConfig
 from flash_attn_train.console import is_terminal, say, with_progress
-from flash_attn_train.data.corpus import Corpus, Document
-from flash_attn_train.data.token_file import FORMAT_VERSION, open_token_file, token_dtype, write_token_file
-from flash_attn_train.data.tokenizer import end_of_text_id, load_tokenizer, pieces, train_tokenizer
-from flash_attn_train.errors import DataError
+from flash_attn_train.data.cache_lock import cache_lock
+from flash_attn_train.data.detokenizers import DETOKENIZERS
+from flash_attn_train.data.encode import encode_documents
+from flash_attn_train.data.entry import (
+    ENTRY,
+    TOKENIZER,
+    SplitTokens,
+    content_key,
+    open_splits,
+    read_entry,
+    split_facts,
+)
+from flash_attn_train.data.source import SPLITS, TextSource
+from flash_attn_train.data.special_tokens import ENCODER_TOKENS, SpecialTokens, special_tokens
+from flash_attn_train.data.token_file import FORMAT_VERSION, OFFSET_DTYPE, token_dtype, write_token_file
+from flash_attn_train.data.tokenizer import load_tokenizer, pretrained_tokenizer, train_tokenizer
+from flash_attn_train.data.tokens import Tokens, write_shards
+from flash_attn_train.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-_TOKENIZER = "tokenizer.json"
-_SPLITS = {"train": "train.bin", "validation": "validation.bin"}
-
-# Texts are encoded together, in parallel, in groups of about this many characters.
-_GROUP_CHARACTERS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -38,10 +49,18 @@ class PreparedData:
 
     tokenizer: Tokenizer
     tokenizer_file: Path
-    train: np.ndarray  # (n,) uint16 or uint32, memory-mapped
-    validation: np.ndarray  # the same
-    key: str  # the cache key: equal keys, equal tokens
+    special: SpecialTokens
+    splits: dict[str, SplitTokens]  # "train" and "validation"
+    key: str  # hash of tokens and tokenizer: equal keys, equal tokens, whatever machine made them
     from_cache: bool
+
+    @property
+    def train(self) -> Tokens:
+        return self.splits["train"].tokens
+
+    @property
+    def validation(self) -> Tokens:
+        return self.splits["validation"].tokens
 
     @property
     def vocab_size(self) -> int:
@@ -53,106 +72,234 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flash-attn-train"
 
 
-def prepare_data(
-    corpus: Corpus, tokenizer_config: TokenizerConfig, *, seqlen: int, cache_dir: str | None = None
-) -> PreparedData:
-    """Trains the tokenizer on the training split and tokenises both splits, or opens the result of an earlier
-    call.
+def cache_folder(cache_dir: str | None) -> Path:
+    """The cache folder that data.cache_dir means."""
+    return Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
 
-    Each document is followed by the end-of-text token. The cache key is a hash of the corpus (names,
-    contents, split) and the tokenizer settings. An entry is built aside and renamed when it is complete, so
-    an interrupted build leaves nothing behind that looks like an entry.
+
+def prepare_data(
+    source: TextSource,
+    tokenizer_config: TokenizerConfig,
+    *,
+    seqlen: int | None = None,
+    cache_dir: str | None = None,
+    detokenizer: str = "none",
+    for_encoder: bool = False,
+) -> PreparedData:
+    """Trains the tokenizer on the training split, or fetches the pretrained one, and tokenises both splits; or opens
+    the result of an earlier call.
+
+    Each document is followed by the end-of-text token. The cache key is a hash of the source's fingerprint, the
+    tokenizer settings (of a pretrained one: its content) and the detokeniser. An entry is built aside and renamed when
+    it is complete, so an interrupted build leaves nothing behind that looks like an entry. One process builds;
+    others that want the same entry wait for it.
+
+    Args:
+        seqlen: if given, both splits must have at least ``seqlen`` + 1 tokens.
+        detokenizer: a name in :data:`flash_attn_train.data.detokenizers.DETOKENIZERS`.
+        for_encoder: whether a tokenizer trained here has [CLS], [SEP], [MASK] and [PAD].
 
     Raises:
-        DataError: the cache cannot be written, an entry is damaged, or a split is shorter than one context.
+        ConfigError: both a name and a path of a tokenizer are given.
+        DataError: the text cannot be read, the cache cannot be written, an entry is damaged, or a split is too short.
     """
-    root = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    settings = {
+    root = cache_folder(cache_dir)
+    pretrained = _pretrained(tokenizer_config)
+    if pretrained is not None:
+        settings: dict[str, Any] = {"tokenizer": _sha256(pretrained.to_str())}
+    else:
+        settings = {
+            name: getattr(tokenizer_config, name)
+            for name in ("vocab_size", "min_frequency", "train_characters")
+        }
+        settings["for_encoder"] = for_encoder
+    settings |= {
         "format": FORMAT_VERSION,
-        "corpus": corpus.fingerprint(),
-        "vocab_size": tokenizer_config.vocab_size,
-        "min_frequency": tokenizer_config.min_frequency,
+        "source": source.fingerprint(),
+        "end_of_text": tokenizer_config.end_of_text,
+        "detokenizer": detokenizer,
     }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    entry = root / key
+    entry = root / _sha256(json.dumps(settings, sort_keys=True))[:16]
     from_cache = entry.is_dir()
     if not from_cache:
-        _build(corpus, tokenizer_config, entry)
-    tokens = {split: open_token_file(entry / name) for split, name in _SPLITS.items()}
-    for split, array in tokens.items():
-        if len(array) <= seqlen:
-            raise DataError(
-                f"data.path: the {split} split of {corpus.title} has {len(array)} tokens, expected at least "
-                f"{seqlen + 1}: one context (model.max_seqlen={seqlen}) and its last target. Use more text "
-                "or a smaller model.max_seqlen."
-            )
-    return PreparedData(
-        load_tokenizer(entry / _TOKENIZER),
-        entry / _TOKENIZER,
-        tokens["train"],
-        tokens["validation"],
-        key,
+        _build_once(_Build(source, tokenizer_config, pretrained, detokenizer, for_encoder, settings), entry)
+    facts = read_entry(entry)
+    tokenizer = load_tokenizer(entry / TOKENIZER)
+    data = PreparedData(
+        tokenizer,
+        entry / TOKENIZER,
+        special_tokens(tokenizer, end_of_text=tokenizer_config.end_of_text),
+        open_splits(entry, facts),
+        content_key(facts),
         from_cache,
+    )
+    if seqlen is not None:
+        check_length(data, source.title, seqlen)
+    return data
+
+
+def check_length(data: PreparedData, title: str, seqlen: int) -> None:
+    """Raises :class:`DataError` unless each split has at least one context and its last target."""
+    for split, tokens in (("train", data.train), ("validation", data.validation)):
+        if len(tokens) <= seqlen:
+            raise DataError(
+                f"data.path: the {split} split of {title} has {len(tokens)} tokens, expected at least "
+                f"{seqlen + 1}: one context (model.max_seqlen={seqlen}) and its last target. Use more text, "
+                "a smaller model.max_seqlen or another data.val_fraction."
+            )
+
+
+def tokenizer_of(
+    config: TokenizerConfig, texts: Callable[[], Iterator[str]], *, for_encoder: bool = False
+) -> Tokenizer:
+    """The pretrained tokenizer, or one trained on the first ``train_characters`` of the texts."""
+    pretrained = _pretrained(config)
+    if pretrained is not None:
+        return pretrained
+    say("training a tokenizer ...")
+
+    def first_texts() -> Iterator[str]:
+        characters = 0
+        for text in texts():
+            yield text
+            characters += len(text)
+            if characters >= config.train_characters:
+                return
+
+    return train_tokenizer(
+        first_texts(),
+        vocab_size=config.vocab_size,
+        min_frequency=config.min_frequency,
+        show_progress=is_terminal(),
+        special=ENCODER_TOKENS if for_encoder else (),
     )
 
 
-def _build(corpus: Corpus, tokenizer_config: TokenizerConfig, entry: Path) -> None:
+def cached_tokenizer(config: TokenizerConfig, texts: Callable[[], Iterator[str]], file: Path) -> Tokenizer:
+    """As :func:`tokenizer_of`; one that is trained here is kept in the file, from which it is read later."""
+    if config.name is not None or config.path is not None:
+        return tokenizer_of(config, texts)
+    with cache_lock(file.parent, file.name):
+        if not file.is_file():
+            trained = tokenizer_of(config, texts)
+            with atomic_write(file) as writing:
+                writing.write(trained.to_str(pretty=True).encode())
+    return load_tokenizer(file)
+
+
+def _pretrained(config: TokenizerConfig) -> Tokenizer | None:
+    if config.name is not None and config.path is not None:
+        raise ConfigError(
+            f"tokenizer.name: got {config.name!r} together with tokenizer.path={config.path!r}; expected at most "
+            "one of the two. Leave one out."
+        )
+    if config.path is not None:
+        return load_tokenizer(Path(config.path).expanduser())
+    return pretrained_tokenizer(config.name) if config.name is not None else None
+
+
+@dataclass(frozen=True)
+class _Build:
+    """How an entry is built."""
+
+    source: TextSource
+    tokenizer_config: TokenizerConfig
+    pretrained: Tokenizer | None
+    detokenizer: str
+    for_encoder: bool
+    settings: dict[str, Any]
+
+
+def _build_once(build: _Build, entry: Path) -> None:
+    """Builds the entry, or waits while another process does."""
+    with cache_lock(entry.parent, entry.name):
+        if not entry.is_dir():
+            # Of a build that was killed. Only this machine's: not all shared folders lock across machines.
+            for left_over in entry.parent.glob(f"{_building_prefix(entry)}*.tmp"):
+                shutil.rmtree(left_over, ignore_errors=True)
+            _build(build, entry)
+
+
+def _building_prefix(entry: Path) -> str:
+    return f"{entry.name}.{socket.gethostname()}."
+
+
+def _build(build: _Build, entry: Path) -> None:
+    building = Path(tempfile.mkdtemp(prefix=_building_prefix(entry), suffix=".tmp", dir=entry.parent))
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".tmp", dir=entry.parent))
-    except OSError as error:
-        raise DataError(
-            f"data.cache_dir: cannot write to {entry.parent} ({error.strerror}); expected a writable folder. "
-            "Set data.cache_dir to one."
-        ) from error
-    try:
-        tokenizer = _train(corpus.train, tokenizer_config)
-        tokenizer.save(str(building / _TOKENIZER))
-        dtype = token_dtype(tokenizer.get_vocab_size())
-        for split, documents in (("train", corpus.train), ("validation", corpus.validation)):
-            write_token_file(building / _SPLITS[split], _encode(tokenizer, documents, split), dtype)
+        detokenize = DETOKENIZERS[build.detokenizer]
+        tokenizer = build.pretrained or tokenizer_of(
+            build.tokenizer_config,
+            lambda: map(detokenize, build.source.texts("train")),
+            for_encoder=build.for_encoder,
+        )
+        tokenizer.save(str(building / TOKENIZER))
+        facts = {
+            "settings": build.settings,
+            "tokenizer_sha256": _sha256((building / TOKENIZER).read_bytes()),
+            "splits": {split: _write_split(build, tokenizer, building, split) for split in SPLITS},
+        }
+        with atomic_write(building / ENTRY) as file:
+            file.write(json.dumps(facts, indent=2).encode())
         try:
             building.rename(entry)
         except OSError:
-            if not entry.is_dir():  # else another process has finished the same entry first
+            if not entry.is_dir():  # else another machine, of a shared folder without locks, was first
                 raise
         sync_folder(entry.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _train(documents: tuple[Document, ...], config: TokenizerConfig) -> Tokenizer:
-    say(f"training a tokenizer on {len(documents)} documents ...")
-    texts = (document.text() for document in documents)
-    return train_tokenizer(
-        texts, vocab_size=config.vocab_size, min_frequency=config.min_frequency, show_progress=is_terminal()
+def _write_split(build: _Build, tokenizer: Tokenizer, folder: Path, split: str) -> dict[str, Any]:
+    end_of_text = special_tokens(tokenizer, end_of_text=build.tokenizer_config.end_of_text).end_of_text
+    total = build.source.num_texts(split)
+    detokenize = DETOKENIZERS[build.detokenizer]
+    num_bytes = 0
+    starts = [np.zeros(1, np.int64)]  # where the documents start, and where the last one ends
+    num_tokens = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal num_bytes
+        # A total of 0 is an unknown one to the progress bar.
+        for text in with_progress(
+            build.source.texts(split), title=f"tokenising the {split} split", total=total or 0
+        ):
+            num_bytes += len(
+                text.encode()
+            )  # of the corpus, so that bits per byte do not depend on the detokeniser
+            yield detokenize(text)
+
+    def chunks() -> Iterator[np.ndarray]:
+        nonlocal num_tokens
+        for group in encode_documents(tokenizer, texts(), end_of_text):
+            starts.append(num_tokens + group.ends)
+            num_tokens += len(group.tokens)
+            yield group.tokens
+
+    dtype = token_dtype(tokenizer.get_vocab_size())
+    try:
+        shards = write_shards(folder, split, chunks(), dtype)
+        offsets = f"{split}.documents.bin"
+        write_token_file(folder / offsets, iter(starts), OFFSET_DTYPE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        done = sum(map(len, itertools.islice(starts, 1, None)))
+        raise _disk_full(folder.parent, num_tokens * dtype.itemsize, done, total, error) from error
+    return split_facts(folder, shards, offsets, num_bytes)
+
+
+def _disk_full(folder: Path, written_bytes: int, done: int, total: int | None, error: OSError) -> DataError:
+    needed = "more than that"
+    if total and done:
+        needed = f"about {max(written_bytes * total // done, written_bytes):,} bytes for this split"
+    return DataError(
+        f"data.cache_dir: the disk of {folder} is full ({error.strerror}) after {written_bytes:,} bytes of tokens; "
+        f"expected room for {needed}. Nothing of it was kept. Free some, or set data.cache_dir to a folder on another "
+        "disk."
     )
 
 
-def _encode(tokenizer: Tokenizer, documents: tuple[Document, ...], split: str) -> Iterator[np.ndarray]:
-    end_of_text = end_of_text_id(tokenizer)
-    for group in _grouped(
-        with_progress(documents, title=f"tokenising the {split} split", total=len(documents))
-    ):
-        for encoding, is_last in zip(
-            tokenizer.encode_batch_fast([piece for piece, _ in group]),
-            [last for _, last in group],
-            strict=True,
-        ):
-            yield np.array(encoding.ids + [end_of_text] * is_last, np.int64)
-
-
-def _grouped(documents: Iterable[Document]) -> Iterator[list[tuple[str, bool]]]:
-    """Groups of (piece of text, whether it ends its document)."""
-    group: list[tuple[str, bool]] = []
-    characters = 0
-    for document in documents:
-        parts = list(pieces(document.text()))
-        for number, part in enumerate(parts, start=1):
-            group.append((part, number == len(parts)))
-            characters += len(part)
-            if characters >= _GROUP_CHARACTERS:
-                yield group
-                group, characters = [], 0
-    if group:
-        yield group
+def _sha256(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()

@@ -1,4 +1,4 @@
-"""Byte-level BPE (Sennrich et al., 2016; on bytes as in GPT-2), trained with the ``tokenizers`` library."""
+"""Tokenizers: a byte-level BPE (Sennrich et al., 2016; on bytes as in GPT-2) trained here, or a pretrained one."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flash_attn_train.data.special_tokens import END_OF_TEXT, special_tokens
 from flash_attn_train.errors import DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-END_OF_TEXT = "<|endoftext|>"
 
 # Texts longer than this are tokenised in pieces, cut at line ends, to bound memory.
 _PIECE_CHARACTERS = 1 << 20
 
 
 def train_tokenizer(
-    texts: Iterable[str], *, vocab_size: int, min_frequency: int, show_progress: bool
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    min_frequency: int,
+    show_progress: bool,
+    special: tuple[str, ...] = (),
 ) -> Tokenizer:
-    """Trains a byte-level BPE with the end-of-text token as id 0. Every text can be encoded and decodes to
-    itself.
+    """Trains a byte-level BPE with the end-of-text token as id 0, followed by the tokens ``special``. Every text can
+    be encoded and decodes to itself.
 
     The vocabulary is smaller than ``vocab_size`` where the text has not enough pairs seen ``min_frequency``
     times.
@@ -34,42 +38,77 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
     tokenizer.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
-    return _special_tokens_by_id_only(tokenizer)
+    return _text_as_text(tokenizer)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a tokenizer written by ``Tokenizer.save``.
+    """Reads a tokenizer.json of the ``tokenizers`` library, or of a folder that has one.
 
     Raises:
         DataError: the file is missing or is not a tokenizer.
     """
     from tokenizers import Tokenizer
 
+    file = path / "tokenizer.json" if path.is_dir() else path
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{path} is not a readable tokenizer file: {error}.") from error
-    return _special_tokens_by_id_only(tokenizer)
+        raise DataError(
+            f"{file} is not a readable tokenizer file: {error}. Expected a tokenizer.json of the tokenizers library."
+        ) from error
+    return _text_as_text(tokenizer)
 
 
-def _special_tokens_by_id_only(tokenizer: Tokenizer) -> Tokenizer:
-    """Text that spells a special token is encoded as text; the setting is not part of the saved file."""
+def pretrained_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer of the Hugging Face hub, or of its cache on this machine.
+
+    Repositories with a tokenizer.json need the ``tokenizers`` library alone; for others ``transformers`` converts
+    what they have.
+
+    Raises:
+        DataError: it cannot be found, or not without a network, or transformers cannot convert it.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return _text_as_text(Tokenizer.from_pretrained(name))
+    except Exception as first:  # bare Exception here too, and any of the hub's
+        try:
+            from transformers import AutoTokenizer
+
+            return _text_as_text(
+                Tokenizer.from_str(AutoTokenizer.from_pretrained(name).backend_tokenizer.to_str())
+            )
+        except Exception:
+            reason = str(first).strip().split("\n")[0]
+            raise DataError(
+                f"tokenizer.name: cannot load {name!r} ({reason}). Expected a name on the Hugging Face hub, such as "
+                "gpt2, that can be reached or was downloaded before; without a network, set "
+                "tokenizer.path=TOKENIZER_JSON, or set neither to train a tokenizer here."
+            ) from first
+
+
+def _text_as_text(tokenizer: Tokenizer) -> Tokenizer:
+    """Text that spells a special token is encoded as text (a setting that is not part of the saved file), and whole:
+    what some saved tokenizers have of truncation and padding is for other uses."""
     tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    token = tokenizer.token_to_id(END_OF_TEXT)
-    if token is None:
-        raise DataError(
-            f"the tokenizer has no token {END_OF_TEXT!r}; expected one that flash-attn-train made."
-        )
-    return token
+    """The token that ends a document, by its usual spellings.
+
+    Raises:
+        DataError: there is none.
+    """
+    return special_tokens(tokenizer).end_of_text
 
 
 def pieces(text: str) -> Iterator[str]:

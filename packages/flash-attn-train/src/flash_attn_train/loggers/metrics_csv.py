@@ -7,6 +7,7 @@ drops the rows after the step of the checkpoint, which are going to be computed 
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,37 @@ from flash_attn_train.atomic import atomic_write
 class MetricsCSV(Logger):
     """One row per logged step; a column is empty where the metric was not logged at that step.
 
+    A metric that comes for the first time adds a column. Only the process of rank 0 touches the file.
+
     Args:
         path: the file; continued if it exists.
-        columns: names of the metrics, without the first column, ``step``.
+        columns: names of the first metrics, without the first column, ``step``; those in the file come before others.
         resume_step: rows of later steps are dropped.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...], *, resume_step: int = 0) -> None:
+    def __init__(self, path: Path, columns: tuple[str, ...] = (), *, resume_step: int = 0) -> None:
         super().__init__()
         self.path, self.columns = path, columns
-        rows = _complete_lines(path)[1:] if resume_step > 0 and path.exists() else []
-        kept = [row for row in rows if int(row.split(",")[0]) <= resume_step]
-        with atomic_write(path) as file:
-            file.write("\n".join([",".join(("step", *columns)), *kept, ""]).encode())
+        self._start(resume_step)
+
+    @rank_zero_only
+    def _start(self, resume_step: int) -> None:
+        rows: list[dict[str, str]] = []
+        if resume_step > 0 and self.path.exists():
+            reader = csv.DictReader(_complete_lines(self.path))
+            rows = [row for row in reader if int(row["step"]) <= resume_step]
+            before = [name for name in reader.fieldnames or () if name != "step"]
+            self.columns = (*before, *(name for name in self.columns if name not in before))
+        self._rewrite(rows)
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        with atomic_write(self.path) as file:
+            text = io.TextIOWrapper(file, newline="")
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(("step", *self.columns))
+            writer.writerows([row.get(name) or "" for name in ("step", *self.columns)] for row in rows)
+            text.flush()
+            text.detach()
 
     @property
     def name(self) -> str:
@@ -48,9 +67,11 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        unknown = set(metrics) - set(self.columns)
-        if unknown:
-            raise ValueError(f"metrics: got {sorted(unknown)}, expected only {list(self.columns)}.")
+        new = [name for name in metrics if name not in self.columns]
+        if new:
+            rows = list(csv.DictReader(_complete_lines(self.path)))
+            self.columns = (*self.columns, *new)
+            self._rewrite(rows)
         row = [step or 0, *(metrics.get(column, "") for column in self.columns)]
         with open(self.path, "a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(row)

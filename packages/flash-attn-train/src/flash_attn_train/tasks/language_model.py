@@ -1,73 +1,42 @@
-"""Next-token prediction with a GPT."""
+"""Next-token prediction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import pytorch_lightning as pl
-import torch
-from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel
+from flash_attn_models.gpt import GPTLMHeadModel
 from flash_attn_models.loss import cross_entropy
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor
 
-from flash_attn_train.configs import OptimizerConfig
-from flash_attn_train.optim import param_groups
+from flash_attn_train.configs import GPTModelConfig, HuggingFaceModelConfig
+from flash_attn_train.tasks.task import Batch, StepOutput, Task
 
 
-class LanguageModel(pl.LightningModule):
-    """GPT with cross-entropy on the next token, and AdamW.
+class LanguageModel(Task):
+    """Cross-entropy on the next token.
 
-    Batches are (B, S + 1) int64: the first S tokens are inputs, the last S are targets. The losses are means
-    over tokens, in nats.
-
-    Args:
-        model_config: shape of the GPT.
-        optimizer: peak learning rate and the other settings of AdamW.
-        schedule: factor on the learning rate as a function of the number of the optimizer step, from 0.
+    Batches have ``input_ids`` and ``labels``, (B,S) int64, the label of a token being the one after it, or -100 where
+    it does not count. With ``cu_seqlens`` and ``max_seqlen``, boundaries of documents in the B * S tokens, attention
+    stays inside each document and positions start anew.
     """
 
-    def __init__(
-        self, model_config: GPTConfig, optimizer: OptimizerConfig, schedule: Callable[[int], float]
-    ) -> None:
-        super().__init__()
-        self.model = GPTLMHeadModel(model_config)
-        self.optimizer_config, self.schedule = optimizer, schedule
-        self.grad_norm: torch.Tensor | None = None  # of the last optimizer step, before clipping
+    @property
+    def tokens_per_sample(self) -> int:
+        assert isinstance(self.config.model, (GPTModelConfig, HuggingFaceModelConfig))
+        return self.config.model.max_seqlen
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, S) -> logits (B, S, V)."""
-        return self.model(input_ids)
+    def step(self, batch: Batch) -> StepOutput:
+        labels = batch["labels"].flatten()
+        loss = self.loss(batch, labels)
+        return StepOutput(loss, (labels != -100).sum(), None, labels)
 
-    def loss(self, batch: torch.Tensor) -> torch.Tensor:
-        logits = self(batch[:, :-1])
-        return cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        return self.loss(batch)
-
-    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-        # Lightning's mean over the epoch is weighted with batch_size: tokens, so that a smaller last batch
-        # counts less.
-        self.log("val/loss", self.loss(batch), on_epoch=True, logger=False, batch_size=batch[:, 1:].numel())
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        config = self.optimizer_config
-        optimizer = torch.optim.AdamW(
-            param_groups(self.model, config.weight_decay),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            # The fused step un-scales fp16 gradients itself, which is after clipping: too late.
-            fused=self.trainer.precision != "16-mixed",
+    def loss(self, batch: Batch, labels: Tensor) -> Tensor:
+        if not isinstance(self.model, GPTLMHeadModel):
+            logits = self.model(batch["input_ids"]).logits
+            return cross_entropy(logits.flatten(0, 1), labels)
+        if "cu_seqlens" not in batch:
+            return self.model.loss(batch["input_ids"], batch["labels"])
+        return self.model.loss(
+            batch["input_ids"].flatten(),
+            labels,
+            cu_seqlens=batch["cu_seqlens"],
+            max_seqlen=batch["max_seqlen"],
         )
-        lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        # Lightning's own clipping neither returns the norm nor accepts a fused optimizer under autocast.
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))

@@ -1,0 +1,19 @@
+"""Options of the metrics group: what validation measures besides the loss."""
+
+# No `from __future__ import annotations` here: OmegaConf reads the annotations as types.
+
+from dataclasses import dataclass
+
+from flash_attn_train.configs.option import option
+
+
+@dataclass
+class MetricsConfig:
+    """The loss is always measured; each task takes what it has a meaning for."""
+
+    perplexity: bool = option(True, "exp(loss) of tasks that predict tokens")
+    bits_per_byte: bool = option(True, "loss in bits per byte of text, of language models")
+    accuracy: bool = option(True, "share of right predictions, of classification and masked tokens")
+    top_k: list[int] = option(
+        [5], "of image classification, also how often the class is among the k likeliest"
+    )

@@ -1,0 +1,115 @@
+"""What every task is: a model, a loss, an optimizer, and how a batch becomes numbers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from flash_attn_train.configs import TrainConfig
+from flash_attn_train.distributed import clip_gradients, distribute_optimizer, model_options, parallelize
+from flash_attn_train.metrics import build_metrics
+from flash_attn_train.models import DataSizes, build_model
+from flash_attn_train.optim import WarmupPlateau, build_optimizer, build_scheduler
+from flash_attn_train.warm_start import load_warm_start
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a batch gave.
+
+    Attributes:
+        loss: mean over the targets that count, in nats.
+        num_targets: how many count, int64.
+        logits: of the targets, (..., classes); None where they are never all in memory.
+        labels: of the targets, (...) int64, -100 where one does not count; or probabilities (..., classes).
+    """
+
+    loss: Tensor
+    num_targets: Tensor
+    logits: Tensor | None
+    labels: Tensor
+
+
+class Task(pl.LightningModule):
+    """A model in training. Subclasses say what the loss of a batch is.
+
+    Args:
+        config: the whole (resolved) config of the run.
+        sizes: what the data decide about the model.
+    """
+
+    model: nn.Module
+
+    def __init__(self, config: TrainConfig, sizes: DataSizes) -> None:
+        super().__init__()
+        self.config, self.sizes = config, sizes
+        self.grad_norm: Tensor | None = None  # of the last optimizer step, before clipping
+        self.val_metrics = build_metrics(config.metrics, config.task)
+
+    @property
+    @abstractmethod
+    def tokens_per_sample(self) -> int:
+        """Positions that the model computes for a sample: tokens, or patches and the class token."""
+
+    @abstractmethod
+    def step(self, batch: Batch) -> StepOutput:
+        """Forward pass and loss."""
+
+    def configure_model(self) -> None:
+        # Lightning calls this at the start of every fit and validation, after the processes know each other.
+        if hasattr(self, "model"):
+            return
+        # So that the weights depend on the seed alone, and are the same on all ranks.
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            options = model_options(self.config.strategy, self.device_mesh)
+            model = build_model(self.config.model, self.sizes, **options)
+        if self.config.model.warm_start is not None:
+            load_warm_start(model, self.config.model.warm_start, skip=self.config.model.warm_start_skip)
+        self.model = parallelize(model, self.config, self.device_mesh)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.step(batch).loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_metrics.update(self.step(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        values = {f"val/{name}": value for name, value in self.val_metrics.compute().items()}
+        self.log_dict(values, logger=False)
+        self.val_metrics.reset()
+        # Lightning shows the loss to a plateau schedule after the checkpoints of this validation, which would lack it.
+        for scheduler in (entry.scheduler for entry in self.trainer.lr_scheduler_configs):
+            if isinstance(scheduler, WarmupPlateau):
+                scheduler.step(values["val/loss"])
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        # The fused step un-scales fp16 gradients itself, which is after clipping: too late.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = build_optimizer(self.config.optimizer, self.model, fused=fused)
+        optimizer = distribute_optimizer(optimizer, self.trainer.strategy)
+        trainer = self.config.trainer
+        scheduler = build_scheduler(
+            self.config.scheduler,
+            optimizer,
+            trainer.max_steps,
+            val_every_n_steps=trainer.val_every_n_steps,
+        )
+        return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": scheduler})
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning's own clipping neither returns the norm nor accepts a fused optimizer under autocast.
+        self.grad_norm = clip_gradients(self.model, gradient_clip_val or float("inf"), self.device_mesh)
