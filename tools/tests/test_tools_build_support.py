@@ -10,7 +10,7 @@ from build_support import bounded_spins, decision, library, ninja_file, platform
 from build_support.architectures import gencode_flags, requested_architectures
 from build_support.compile_one import keep_inside
 from build_support.errors import BuildError
-from build_support.instantiations import DECODE_HEAD_DIMS, HEAD_DIMS, instantiations
+from build_support.instantiations import DECODE_HEAD_DIMS, HEAD_DIMS, SM90_BACKWARD_HEAD_DIMS, instantiations
 
 PTXAS_OUTPUT = """
 ptxas info    : 28 bytes gmem, 224 bytes cmem[4]
@@ -76,7 +76,7 @@ def test_architecture_lists() -> None:
 
 def test_every_variant_is_instantiated_once() -> None:
     units = dict(instantiations())
-    assert len(units) == len(list(instantiations())) == 2 * 2 * 9 + 2 * 2 * 6 + 2 * 3
+    assert len(units) == len(list(instantiations())) == 2 * 2 * 9 + 2 * 2 * 6 + 2 * 2 + 2 * 3
     for head_dim, head_dim_v in HEAD_DIMS:
         for kind, softcap in (("plain", "false"), ("softcap", "true")):
             for name, element in (("bf16", "__nv_bfloat16"), ("fp16", "__half")):
@@ -87,6 +87,7 @@ def test_every_variant_is_instantiated_once() -> None:
                 )
     assert "Variant<192, 128, false>" in units["sm80_backward_fp16_d192_128_plain.cu"]
     assert "Variant<256, 256, true>" in units["sm80_forward_bf16_d256_256_general.cu"]
+    assert "launch_backward<__half, HeadDims<128, 128>>" in units["sm90_backward_fp16_d128_128.cu"]
     assert "launch_decode<__half, 256>" in units["decode_fp16_d256.cu"]
 
 
@@ -94,6 +95,12 @@ def test_instantiations_are_those_that_the_headers_choose_from() -> None:
     csrc = Path(__file__).parents[2] / "packages" / "flash-attn-kernels" / "csrc" / "attention"
     found = re.findall(r"return function\(HeadDims<(\d+), (\d+)>", (csrc / "head_dims.h").read_text())
     assert tuple((int(head_dim), int(head_dim_v)) for head_dim, head_dim_v in found) == HEAD_DIMS
+    found = re.findall(
+        r"struct BackwardConfigOf<HeadDims<(\d+), (\d+)>>", (csrc / "sm90" / "backward_config.h").read_text()
+    )
+    assert (
+        tuple((int(head_dim), int(head_dim_v)) for head_dim, head_dim_v in found) == SM90_BACKWARD_HEAD_DIMS
+    )
     found = re.findall(r"struct DecodeConfigs<(\d+)>", (csrc / "decode" / "config.h").read_text())
     assert tuple(int(head_dim) for head_dim in found) == DECODE_HEAD_DIMS
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 ELEMENTS = {"bf16": "__nv_bfloat16", "fp16": "__half"}
 # (head dim of q and k, of v): those of csrc/attention/head_dims.h.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+SM90_BACKWARD_HEAD_DIMS = ((64, 64), (128, 128))  # those of csrc/attention/sm90/backward_config.h
 DECODE_HEAD_DIMS = (64, 128, 256)  # those of csrc/attention/decode/config.h
 # Plus whether it is general: the variants of csrc/attention/sm80/head_dims.h.
 SM80_VARIANTS = (
@@ -24,7 +25,8 @@ _SM80_SIGNATURES = {
 def instantiations() -> Iterator[tuple[str, str]]:
     """(file name, source text) of every generated translation unit, those that take longest first."""
     yield from _sm80_units()
-    yield from _sm90_units()
+    yield from _sm90_forward_units()
+    yield from _sm90_backward_units()
     yield from _decode_units()
 
 
@@ -40,7 +42,7 @@ def _sm80_units() -> Iterator[tuple[str, str]]:
                 )
 
 
-def _sm90_units() -> Iterator[tuple[str, str]]:
+def _sm90_forward_units() -> Iterator[tuple[str, str]]:
     for head_dim, head_dim_v in reversed(HEAD_DIMS):
         for kind, softcap in (("plain", "false"), ("softcap", "true")):
             for name, element in ELEMENTS.items():
@@ -53,6 +55,20 @@ def _sm90_units() -> Iterator[tuple[str, str]]:
                         "(const ForwardParams&, int*, const LaunchTarget&);",
                     ),
                 )
+
+
+def _sm90_backward_units() -> Iterator[tuple[str, str]]:
+    for head_dim, head_dim_v in reversed(SM90_BACKWARD_HEAD_DIMS):
+        for name, element in ELEMENTS.items():
+            yield (
+                f"sm90_backward_{name}_d{head_dim}_{head_dim_v}.cu",
+                _unit(
+                    "sm90",
+                    "backward",
+                    f"template void launch_backward<{element}, HeadDims<{head_dim}, {head_dim_v}>>"
+                    "(const BackwardParams&, int*, const LaunchTarget&);",
+                ),
+            )
 
 
 def _decode_units() -> Iterator[tuple[str, str]]:

@@ -1,9 +1,12 @@
-"""What must hold of the machine code of the Hopper forward, or it is correct and slow. For tests.
+"""What must hold of the machine code of the Hopper kernels, or it is correct and slow. For tests.
 
-The main loop issues a tile's scores and the output product of the tile before, waits for the scores alone, computes
-their softmax while the output product runs, and only then waits for that. ptxas may undo this: by serialising
+The forward's main loop issues a tile's scores and the output product of the tile before, waits for the scores alone,
+computes their softmax while the output product runs, and only then waits for that. ptxas may undo this: by serialising
 products (C7510 and its kin), by moving the softmax behind the second wait, by spilling registers, or by copying
 descriptors to uniform registers between the products of a chain, each of which then waits for the copy.
+
+The backward's main loop issues the scores and their gradient together, and the products for dV, dQ and dK each before
+it waits for the one before.
 """
 
 from __future__ import annotations
@@ -36,8 +39,59 @@ class Expected:
         return 65536 // threads // 8 * 8
 
 
+@dataclass(frozen=True)
+class BackwardExpected:
+    """Of a backward kernel."""
+
+    head_dim: int
+    rows: int  # queries of a tile
+    columns: int = 128  # keys of a tile
+    consumers: int = 2
+    registers: int = 168
+
+
 def problems(code: list[Instruction], resources: Resources, expected: Expected) -> list[str]:
     """What is wrong, in words; nothing if all is well."""
+    found = _launch_problems(code, resources, expected)
+    loop = main_loop(code)
+    if loop is None:
+        found.append("no loop computes both products")
+    else:
+        found += _loop_problems(loop, expected)
+    return found
+
+
+def backward_problems(code: list[Instruction], resources: Resources, expected: BackwardExpected) -> list[str]:
+    """Likewise of a backward kernel."""
+    found = _launch_problems(code, resources, expected)
+    loop = main_loop(code)
+    if loop is None:
+        return [*found, "no loop computes products from shared memory and from registers"]
+    scores = f"scores {expected.rows}"  # and their gradient, of a warpgroup's 64 keys
+    keys = f"output {expected.head_dim}"  # dV and dK, from registers
+    queries = "scores 64"  # dQ: of 64 rows 64 columns
+    depth, steps = expected.head_dim // 16, expected.rows // 16
+    order = [*[scores] * (2 * depth), "wait 1", "wait 0"]
+    order += [*[keys] * steps, *[queries] * (expected.columns // 16), "wait 1"]
+    order += [*[keys] * steps, "wait 1", "wait 0"]
+    events, products = [], 0
+    for instruction in loop:
+        event, product = _event(instruction), _PRODUCT.match(instruction.text)
+        if product:
+            products += 1
+            events.append(f"{event} {product.group(1)}")
+        elif event.startswith("wait"):
+            events.append(event)
+        elif event == "copy" and products not in (0, depth, 2 * depth):
+            found.append(f"an R2UR behind {products} of the main loop's products: {instruction.text}")
+    if events != order:
+        found.append(f"the main loop is not {', '.join(order)}, but {', '.join(events)}")
+    return found
+
+
+def _launch_problems(
+    code: list[Instruction], resources: Resources, expected: Expected | BackwardExpected
+) -> list[str]:
     found = []
     local = [instruction.text for instruction in code if _LOCAL.match(instruction.text)]
     if local:
@@ -46,13 +100,7 @@ def problems(code: list[Instruction], resources: Resources, expected: Expected) 
         found.append(f"{resources.stack_bytes} bytes of stack, {resources.local_bytes} of local memory")
     if resources.registers != expected.registers:
         found.append(f"{resources.registers} registers at launch instead of {expected.registers}")
-    found += _register_problems(code, expected)
-    loop = main_loop(code)
-    if loop is None:
-        found.append("no loop computes both products")
-    else:
-        found += _loop_problems(loop, expected)
-    return found
+    return found + _register_problems(code, expected)
 
 
 def main_loop(code: list[Instruction]) -> list[Instruction] | None:
@@ -68,7 +116,7 @@ def main_loop(code: list[Instruction]) -> list[Instruction] | None:
     return min(loops, key=len, default=None)
 
 
-def _register_problems(code: list[Instruction], expected: Expected) -> list[str]:
+def _register_problems(code: list[Instruction], expected: Expected | BackwardExpected) -> list[str]:
     counts: dict[str, set[int]] = {"DEALLOC": set(), "TRY_ALLOC": set()}
     for instruction in code:
         found = re.match(r"^USETMAXREG\.(\w+)\S* .*\b0x([0-9a-f]+)$", instruction.text)

@@ -22,6 +22,7 @@ HOT = AttentionProblem(
     head_dim_v=128,
     layout="dense",
     softmax_scale=0.125,
+    has_softcap=False,
     has_dropout=False,
     score_tensors=(),
     deterministic=False,
@@ -147,6 +148,33 @@ def test_all_obstacles_are_named_together() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"head_dim": 96, "head_dim_v": 96}, "(q/k 96, v 96) is neither at most 64 nor from 97 to 128"),
+        ({"head_dim": 192}, "(q/k 192, v 128) is neither at most 64 nor from 97 to 128"),
+        ({"has_softcap": True}, "softcap is above 0"),
+        ({"deterministic": True}, "deterministic is set"),
+    ],
+    ids=str,
+)
+def test_a_backward_of_the_sm80_kernels_has_a_reason(change: dict[str, Any], reason: str) -> None:
+    problem = dataclasses.replace(HOT, **change)
+    chosen = choose_path(problem)
+    assert chosen.path == "sm90" and len(chosen.sm80_backward) == 1
+    assert reason in chosen.sm80_backward[0]
+    assert str(chosen) == f"attention path: sm90, backward: sm80 ({chosen.sm80_backward[0]})"
+    assert choose_path(dataclasses.replace(problem, needs_gradient=False)) == Explanation("sm90", {})
+    assert choose_path(dataclasses.replace(problem, compute_capability=(8, 0))).sm80_backward == ()
+
+
+@pytest.mark.parametrize("head_dims", [(64, 64), (8, 40), (128, 128), (104, 8), (64, 128)])
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_hopper_runs_its_own_backward(head_dims: tuple[int, int], layout: str) -> None:
+    problem = dataclasses.replace(HOT, head_dim=head_dims[0], head_dim_v=head_dims[1], layout=layout)
+    assert choose_path(problem) == Explanation("sm90", {})
+
+
 def test_paths_passed_over_for_the_same_reasons_are_named_together() -> None:
     chosen = choose_path(dataclasses.replace(HOT, dtype=torch.float32))
     assert str(chosen) == (
@@ -183,7 +211,7 @@ def test_a_plain_call(problems: list[AttentionProblem]) -> None:
     assert (problem.device_type, problem.dtype, problem.layout) == ("cpu", torch.float16, "dense")
     assert (problem.head_dim, problem.head_dim_v) == (8, 6)
     assert problem.softmax_scale == 8**-0.5 and problem.score_tensors == ()
-    assert not (problem.has_dropout or problem.deterministic)
+    assert not (problem.has_softcap or problem.has_dropout or problem.deterministic)
     assert not (problem.needs_gradient or problem.sums_broadcast_bias)
 
 
@@ -201,7 +229,7 @@ def test_options_and_tensors_that_rule_out_a_path(problems: list[AttentionProble
         explain(Q, K, V, **{name: x})
         assert problems[-1].score_tensors == (name,)
     explain(Q, K, V, learnable_sink=torch.ones(4), softcap=3.0, window_size=(1, 2))
-    assert problems[-1].score_tensors == ()
+    assert problems[-1].score_tensors == () and problems[-1].has_softcap
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "attn_bias", "alibi_slopes", "learnable_sink"])
@@ -359,6 +387,26 @@ def test_unaligned_rows(on_hopper: None, x: torch.Tensor, name: str) -> None:
     assert chosen.reasons["sm90"] == (
         f"rows of {name} are not 16-byte aligned: address {x.data_ptr():#x}, strides {x.stride()}",
     )
+
+
+def test_few_queries_of_small_heads_have_an_sm80_backward(on_hopper: None) -> None:
+    def reasons(*shape: int, **lengths: torch.Tensor) -> tuple[str, ...]:
+        x = torch.zeros(shape, dtype=torch.float16, requires_grad=True)
+        chosen = explain(x, x, x, **lengths)
+        assert chosen.path == "sm90"
+        with torch.no_grad():
+            assert explain(x, x, x, **lengths).sm80_backward == ()
+        return chosen.sm80_backward
+
+    for rows in (1, 64, 129, 192):
+        assert reasons(2, rows, 4, 8) == (f"{rows} queries leave half of a tile of 128 empty",)
+    for rows in (0, 65, 128, 193, 300):
+        assert reasons(2, rows, 4, 64) == ()
+    assert reasons(2, 3, 4, 104) == ()
+    cu_seqlens = torch.tensor([0, 500, 511], dtype=torch.int32)
+    packed = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    assert reasons(511, 4, 64, **packed) == ("511 queries of 2 sequences are below 256 each",)
+    assert reasons(512, 4, 64, **packed) == reasons(511, 4, 128, **packed) == ()
 
 
 def test_fake_tensors_count_as_aligned(on_hopper: None) -> None:

@@ -92,6 +92,10 @@ def test_sm90_operator_passes_torch_checks(packed: bool) -> None:
     torch.library.opcheck(
         library.sm90_forward, (q, k, v, *OPTIONS), modified | (packed_tensors() if packed else {})
     )
+    optional = packed_tensors() if packed else {}
+    out, lse = library.sm90_forward(q, k, v, *OPTIONS, **optional)
+    arguments = (torch.randn_like(out), q, k, v, out, lse, False, *OPTIONS)
+    torch.library.opcheck(library.sm90_backward, arguments, {**optional, "dlse": torch.randn_like(lse)})
 
 
 def test_paged_forward_passes_torch_checks() -> None:

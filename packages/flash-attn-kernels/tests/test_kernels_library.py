@@ -17,9 +17,10 @@ OPTIONS = (0.125, -1, 0, False)  # scale, window, top left
 FAKES = {
     "sm80_forward": library._fake_sm80_forward,
     "sm80_forward_dense": library._fake_forward_dense,
-    "sm80_backward": library._fake_sm80_backward,
+    "sm80_backward": library._fake_backward,
     "sm90_forward": library._fake_sm90_forward,
     "sm90_forward_dense": library._fake_forward_dense,
+    "sm90_backward": library._fake_backward,
 }
 FORWARDS = {
     "sm80_forward": OPTIONS,
@@ -48,10 +49,11 @@ def test_shapes_without_a_gpu(device: str) -> None:
             out, lse = getattr(library, name)(q, k, v, *options)
             assert out.shape == (2, 5, 6, 32) and out.dtype == q.dtype
             assert lse.shape == (2, 6, 5) and lse.dtype == torch.float32
-        gradients = library.sm80_backward(out, q, k, v, out, lse, False, *OPTIONS)
-        for x, gradient in zip((q, k, v), gradients[:3], strict=True):
-            assert gradient.shape == x.shape and gradient.dtype == x.dtype
-        assert gradients[3:] == (None, None, None)
+        for backward in (library.sm80_backward, library.sm90_backward):
+            gradients = backward(out, q, k, v, out, lse, False, *OPTIONS)
+            for x, gradient in zip((q, k, v), gradients[:3], strict=True):
+                assert gradient.shape == x.shape and gradient.dtype == x.dtype
+            assert gradients[3:] == (None, None, None)
 
 
 @needs_library
@@ -88,7 +90,7 @@ CU = torch.zeros(4, dtype=torch.int32)
 def backward_shapes(
     q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, cu: torch.Tensor | None, needed: bool = True
 ) -> list[tuple[tuple[int, ...], torch.dtype] | None]:
-    gradients = library._fake_sm80_backward(
+    gradients = library._fake_backward(
         *(q, q, k, k, q, q, False, *OPTIONS),
         cu_seqlens_q=cu,
         cu_seqlens_k=cu,

@@ -179,7 +179,7 @@ def operators() -> Iterator[Any]:
 STAND_INS = (
     (FORWARD, forward, library._fake_sm80_forward),
     (FORWARD_DENSE, forward_dense, library._fake_forward_dense),
-    (BACKWARD, backward, library._fake_sm80_backward),
+    (BACKWARD, backward, library._fake_backward),
     (FORWARD_SM90, forward_sm90, library._fake_sm90_forward),
 )
 
@@ -195,6 +195,7 @@ def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch, operators: Any, no_plans
     monkeypatch.setattr(library, "sm80_backward", operators.backward.default)
     monkeypatch.setattr(library, "sm90_forward", operators.forward_sm90.default)
     monkeypatch.setattr(library, "sm90_forward_dense", operators.forward_dense.default)
+    monkeypatch.setattr(library, "sm90_backward", operators.backward.default)
     run_on("sm80", monkeypatch)
 
 
@@ -425,11 +426,11 @@ def test_a_plain_call_passes_few_arguments(path: str, monkeypatch: pytest.Monkey
 
         monkeypatch.setattr(library, name, counting)
 
-    for name in ("sm80_forward_dense", "sm80_backward", "sm90_forward_dense"):
+    for name in ("sm80_forward_dense", "sm80_backward", "sm90_forward_dense", "sm90_backward"):
         count_arguments_of(name)
     run_on(path, monkeypatch)
     flash_attn_func(**leaves(), causal=True).sum().backward()
-    assert calls == {f"{path}_forward_dense": 5, "sm80_backward": 11}
+    assert calls == {f"{path}_forward_dense": 5, f"{path}_backward": 11}
 
 
 # The operators' schemas and fakes

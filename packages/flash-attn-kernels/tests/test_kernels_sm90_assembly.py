@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from build_support import bounded_spins, machine_code, ptxas, toolchain, warpgroup_code
 from build_support.architectures import gencode_flags
 from build_support.instantiations import instantiations
-from build_support.machine_code import Resources
+from build_support.machine_code import Instruction, Resources
 from build_support.ninja_file import COMPILE_FLAGS
-from build_support.warpgroup_code import Expected
+from build_support.warpgroup_code import BackwardExpected, Expected
 
 ROOT = Path(__file__).parents[1]
 UNITS = {Path(name).stem: text for name, text in instantiations() if name.startswith("sm90_")}
@@ -34,6 +34,13 @@ KERNEL = re.compile(
     r"Li(?P<head_dim>\d+)ELi(?P<head_dim_v>\d+)ELi(?P<consumers>\d+)ELi(?P<columns>\d+)E(?:L[ib]\d+E)*EE"
     r"Lb(?P<softcap>[01])EE"
 )
+# backward_kernel<element, BackwardConfig<head dim, queries of a tile>>
+BACKWARD_KERNEL = re.compile(
+    r"4sm9015backward_kernelI(?P<element>13__nv_bfloat16|6__half)NS0_14BackwardConfigI"
+    r"Li(?P<head_dim>\d+)ELi(?P<rows>\d+)EEE"
+)
+# Kernels of the backward's units that use no tensor cores.
+ROW_KERNELS = ("backward_delta_kernel", "backward_dq_kernel", "key_gradients_kernel")
 # Copies to uniform registers that are left between score products, by head dim: of 16 pairs of descriptors not all are
 # in uniform registers at once, and products that long hide a copy.
 SCORE_COPIES = {256: 2}
@@ -41,18 +48,29 @@ SCORE_COPIES = {256: 2}
 
 def unit_of(kernel: str) -> str:
     """The unit that instantiates a kernel, by the kernel's mangled name."""
-    found = KERNEL.search(kernel)
-    assert found, f"{kernel} is no Hopper forward that this test knows"
+    found = KERNEL.search(kernel) or BACKWARD_KERNEL.search(kernel)
+    assert found, f"{kernel} is no Hopper kernel that this test knows"
     element = next(name for name, mangled in MANGLED_ELEMENTS.items() if mangled == found["element"])
+    if "rows" in found.groupdict():
+        return f"sm90_backward_{element}_d{found['head_dim']}_{found['head_dim']}"
     kind = "softcap" if found["softcap"] == "1" else "plain"
     return f"sm90_forward_{element}_d{found['head_dim']}_{found['head_dim_v']}_{kind}"
 
 
-def expected_of(kernel: str) -> Expected:
+def problems_of(kernel: str, code: list[Instruction], resources: Resources) -> list[str]:
+    backward = BACKWARD_KERNEL.search(kernel)
+    if backward:
+        shape = BackwardExpected(head_dim=int(backward["head_dim"]), rows=int(backward["rows"]))
+        return warpgroup_code.backward_problems(code, resources, shape)
     found = KERNEL.search(kernel)
     assert found
     numbers = {name: int(found[name]) for name in ("head_dim", "head_dim_v", "columns", "consumers")}
-    return Expected(**numbers, score_copies=SCORE_COPIES.get(numbers["head_dim"], 0))
+    expected = Expected(**numbers, score_copies=SCORE_COPIES.get(numbers["head_dim"], 0))
+    return warpgroup_code.problems(code, resources, expected)
+
+
+def is_row_kernel(kernel: str) -> bool:
+    return any(name in kernel for name in ROW_KERNELS)
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +99,8 @@ def library_cubins(cuobjdump: Path, tmp_path_factory: pytest.TempPathFactory) ->
     cubins: dict[str, Path] = {}
     for cubin in machine_code.extract_cubins(cuobjdump, library.LIBRARY_PATH, "sm_90a", folder):
         for kernel in machine_code.resources(cuobjdump, cubin):
+            if is_row_kernel(kernel):
+                continue
             assert cubins.setdefault(unit_of(kernel), cubin) == cubin
     assert set(cubins) == set(UNITS)
     return cubins
@@ -131,9 +151,11 @@ def test_machine_code(
     resources = machine_code.resources(cuobjdump, cubin)
     code = machine_code.instructions(cuobjdump, cubin)
     assert code and set(code) == set(resources)
-    for kernel in code:
+    kernels = [kernel for kernel in code if not is_row_kernel(kernel)]
+    assert kernels
+    for kernel in kernels:
         assert unit_of(kernel) == unit
-        assert warpgroup_code.problems(code[kernel], resources[kernel], expected_of(kernel)) == [], kernel
+        assert problems_of(kernel, code[kernel], resources[kernel]) == [], kernel
 
 
 def test_kernels_whose_waits_end_compile(
@@ -210,6 +232,36 @@ def test_other_orders_are_found(loop: list[str]) -> None:
 def test_other_shapes_are_found() -> None:
     wider = SCORES.replace("x32x", "x48x")
     assert problems(loop=[wider, *LOOP[1:]]) == [f"a product for scores is not 32 wide: {wider}"]
+
+
+# The same of a backward: head dim 32, 64 queries and 32 keys a tile.
+SMALL_BACKWARD = BackwardExpected(head_dim=32, rows=64, columns=32)
+BACKWARD_SCORES = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR28], R24"
+BACKWARD_KEYS = "HGMMA.64x32x16.F32.BF16 R88, R152, gdesc[UR16].tnspB, R88, gsb0"
+BACKWARD_LOOP = [
+    *[BACKWARD_SCORES] * 2, "R2UR UR4, R4", *[BACKWARD_SCORES] * 2, WAIT_SCORES, EXPONENTIAL, WAIT_OUTPUT,
+    *[BACKWARD_KEYS] * 4, *[BACKWARD_SCORES] * 2, WAIT_SCORES, *[BACKWARD_KEYS] * 4, WAIT_SCORES, WAIT_OUTPUT,
+]  # fmt: skip
+
+
+def backward_problems(loop: list[str]) -> list[str]:
+    texts = [*PROLOGUE[:2], *loop, f"@P0 BRA 0x{16 * 2:x}", "@!P1 BRA 0x10"]
+    lines = [f"        /*{16 * i:04x}*/    {text} ;   /* 0x00 */" for i, text in enumerate(texts)]
+    listing = "\n".join(["\tcode for sm_90a", "\t\tFunction : _Zkernel", *lines, "\t\t....."])
+    code = machine_code.parse_instructions(listing)["_Zkernel"]
+    return warpgroup_code.backward_problems(code, RESOURCES, SMALL_BACKWARD)
+
+
+def test_what_is_wrong_with_a_backward_is_found() -> None:
+    assert backward_problems(BACKWARD_LOOP) == []
+    assert "the main loop is not" in backward_problems([*BACKWARD_LOOP[:-1], EXPONENTIAL])[0]
+    serialised = [*BACKWARD_LOOP[:9], WAIT_OUTPUT, *BACKWARD_LOOP[9:]]
+    assert "the main loop is not" in backward_problems(serialised)[0]
+    copied = [*BACKWARD_LOOP[:9], "R2UR UR4, R4", *BACKWARD_LOOP[9:]]
+    assert backward_problems(copied) == ["an R2UR behind 5 of the main loop's products: R2UR UR4, R4"]
+    assert "1 accesses to local memory" in backward_problems(["STL [R1], R4", *BACKWARD_LOOP])[0]
+    missing = backward_problems(BACKWARD_LOOP[:5])
+    assert missing == ["no loop computes products from shared memory and from registers"]
 
 
 @pytest.mark.parametrize("missing", ["scores", "output"])

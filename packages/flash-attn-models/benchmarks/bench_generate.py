@@ -94,9 +94,10 @@ def main() -> None:
         metavar="SECONDS",
         help="for transformers' compiled static cache; 0 leaves it out (default: %(default)s)",
     )
+    parser.add_argument("--quick", action="store_true", help="two samples")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU, and no result file")
     arguments = parser.parse_args()
-    sizes = smoke_sizes() if arguments.smoke else full_sizes(arguments.samples)
+    sizes = smoke_sizes() if arguments.smoke else full_sizes(2 if arguments.quick else arguments.samples)
     ceilings = {"gemm_tflops": 1.0, "copy_gbps": 1.0} if arguments.smoke else measure_ceilings()
     print(f"ceilings: {ceilings}", flush=True)
     rows: list[dict[str, Any]] = []

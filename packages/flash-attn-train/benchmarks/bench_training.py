@@ -46,8 +46,8 @@ class Shape:
 SHAPES = (
     Shape("gpt2", 1024, 32),
     Shape("gpt2-medium", 1024, 16),
-    Shape("gpt2-large", 1024, 16),
-    Shape("gpt2-xl", 1024, 8),
+    Shape("gpt2-large", 1024, 8),
+    Shape("gpt2-xl", 1024, 4),
     Shape("llama-3.2-1b", 2048, 4),
     Shape("llama-3.2-1b", 8192, 1),
 )

@@ -1,4 +1,5 @@
-// Operators of the sm80 attention path: outputs, scratch, choice of the instantiation.
+// Operators of the sm80 attention path: outputs, scratch, choice of the instantiation. The sm90 path's backward differs
+// in its kernels alone.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -17,6 +18,7 @@
 #include "../attention/sm80/head_dims.h"
 #include "../attention/sm80/launch.h"
 #include "attention_arguments.h"
+#include "backward_call.h"
 #include "device.h"
 #include "forward_call.h"
 #include "operator_arguments.h"
@@ -89,11 +91,38 @@ std::tuple<Tensor, Tensor> sm80_forward_dense(Tensor q, Tensor k, Tensor v, doub
   return {std::move(call.out), std::move(call.lse)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> sm80_backward(
-    Tensor dout_given, Tensor q_given, Tensor k_given, Tensor v_given, Tensor out_given, Tensor lse, bool deterministic,
-    FLASH_ATTN_PARAMETERS, std::optional<Tensor> dlse, bool needs_attn_bias, bool needs_alibi_slopes,
-    bool needs_learnable_sink) {
-  const AttentionArguments arguments{FLASH_ATTN_ARGUMENTS};
+namespace {
+
+// What is asked of a backward besides the arguments of its forward.
+struct BackwardRequest {
+  bool deterministic;
+  std::optional<Tensor> dlse;
+  bool needs_attn_bias, needs_alibi_slopes, needs_learnable_sink;
+  bool prefers_sm90;
+};
+
+using BackwardResults =
+    std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>;
+
+// How many heads take turns on Hopper. Blocks that add to different tiles of dQ do not hinder each other. Under a
+// causal mask the long tiles of keys should also come first, of as many heads as the L2 cache holds queries, dO and dQ
+// of.
+int sm90_interleave(const BackwardParams& params, int head_dim) {
+  constexpr int kFew = 4;
+  constexpr int64_t kCacheBytes = 32 << 20;
+  const int heads = params.shape.heads / params.shape.heads_per_kv_head * params.group_splits;
+  const int few = std::min(kFew, heads);
+  const bool packed = params.queries.cu_seqlens != nullptr;
+  if (!packed && params.window.right == Window::kUnbounded) return few;
+  const int64_t rows = packed ? params.queries.rows / std::max(params.shape.batch, 1) : params.queries.rows;
+  const int64_t head_bytes = std::max<int64_t>(rows, 1) * head_dim * 8 * params.shape.heads_per_kv_head;
+  return static_cast<int>(std::clamp<int64_t>(kCacheBytes / head_bytes, few, heads));
+}
+
+BackwardResults run_backward(const AttentionArguments& arguments, const Tensor& dout_given, const Tensor& q_given,
+                             const Tensor& k_given, const Tensor& v_given, const Tensor& out_given, const Tensor& lse,
+                             const BackwardRequest& request) {
+  const auto& [deterministic, dlse, needs_attn_bias, needs_alibi_slopes, needs_learnable_sink, prefers_sm90] = request;
   STD_TORCH_CHECK(!arguments.paged(), "block_table: paged keys have no backward");
   const torch::stable::accelerator::DeviceGuard guard(q_given.get_device_index());
   const int64_t dim = arguments.packed() ? 3 : 4;
@@ -115,25 +144,31 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>,
   const bool general = needs_general(params.modifiers, params.softmax_scale);
   const int mean_rows = arguments.packed() ? params.keys.rows / std::max(shape.batch, 1) : params.keys.rows;
   params.large_tiles = deterministic && (params.window.right == Window::kUnbounded || mean_rows > 1024);
-  const sm80::TileShape tile =
+  const sm80::TileShape sm80_tile =
       backward_tile(shape.head_dim, shape.head_dim_v, general, params.large_tiles, limits.shared_bytes_per_block);
+  const std::optional<BackwardTile> sm90_tile =
+      prefers_sm90 ? sm90_backward_tile(params, deterministic, q) : std::nullopt;
+  const BackwardTile tile = sm90_tile.value_or(BackwardTile{sm80_tile.rows, sm80_tile.columns, sm80_tile.head_dim});
   params.dout = view_of(dout), params.dq = view_of(dq), params.dk = view_of(dk), params.dv = view_of(dv);
   params.lse = float_data(lse);
   params.dlse = dlse.has_value() ? float_data(*dlse) : nullptr;
   params.query_slots = slot_count(params.queries, shape.batch, tile.rows);
   params.key_slots = slot_count(params.keys, shape.batch, tile.columns);
   params.group_splits = group_splits(params, params.key_slots, limits.multiprocessors);
-  params.head_interleave =
-      deterministic ? deterministic_interleave(params, params.key_slots, limits.multiprocessors) : 1;
+  params.head_interleave = sm90_tile.has_value() ? sm90_interleave(params, tile.head_dim)
+                           : deterministic ? deterministic_interleave(params, params.key_slots, limits.multiprocessors)
+                                           : 1;
 
   const int64_t query_tiles = static_cast<int64_t>(params.query_slots) * shape.heads;
   const int64_t key_tiles = static_cast<int64_t>(params.key_slots) * shape.heads;
   const int64_t parts = params.group_splits > 1 ? params.group_splits : 0;
   ScratchLayout layout;
+  const int64_t work_counter = layout.add(sm90_tile.has_value() ? 1 : 0);
   const int64_t dq_accumulator = layout.add(query_tiles * tile.rows * tile.head_dim);
   const int64_t dq_turn = layout.add(deterministic ? query_tiles : 0);
-  const int64_t slope_partial = layout.add(needs_alibi_slopes ? key_tiles * tile.warps : 0);
-  const int64_t zeroed_bytes = layout.bytes();
+  const int64_t slope_partial = layout.add(needs_alibi_slopes ? key_tiles * sm80_tile.warps : 0);
+  // The sm90 kernels clear the accumulator themselves.
+  const int64_t zeroed_bytes = sm90_tile.has_value() ? dq_accumulator : layout.bytes();
   const int64_t lse_log2 = layout.add(query_tiles * tile.rows), delta = layout.add(query_tiles * tile.rows);
   const int64_t dk_partial = layout.add(parts * k.numel()), dv_partial = layout.add(parts * v.numel());
   const int64_t sink_partial = layout.add(needs_learnable_sink ? query_tiles : 0);
@@ -153,8 +188,8 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>,
 
   std::optional<Tensor> dbias, dslopes, dsink;
   if (needs_attn_bias) {
-    STD_TORCH_CHECK(attn_bias.has_value(), "needs_attn_bias: there is no attn_bias");
-    const Tensor& bias = *attn_bias;
+    STD_TORCH_CHECK(arguments.attn_bias.has_value(), "needs_attn_bias: there is no attn_bias");
+    const Tensor& bias = *arguments.attn_bias;
     // Every score of a dense call has its own entry of a full bias; any other is a sum, in fp32.
     params.dbias_is_stored = !arguments.packed() && bias.size(0) == shape.batch && bias.size(1) == shape.heads &&
                              bias.size(2) == params.queries.rows && bias.size(3) == params.keys.rows;
@@ -165,12 +200,16 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>,
       params.dbias.rows = params.queries.rows, params.dbias.columns = params.keys.rows;
     }
   }
-  for_kernel(q, params, [&]<typename Element, typename Variant>(Element, Variant) {
-    sm80::launch_backward<Element, Variant>(params, target);
-  });
+  if (sm90_tile.has_value()) {
+    run_sm90_backward(params, reinterpret_cast<int*>(floats(work_counter)), q);
+  } else {
+    for_kernel(q, params, [&]<typename Element, typename Variant>(Element, Variant) {
+      sm80::launch_backward<Element, Variant>(params, target);
+    });
+  }
   if (needs_alibi_slopes) {
     dslopes = new_tensor(q, {shape.batch, shape.heads}, ScalarType::Float);
-    sm80::launch_partial_sum({params.keys, shape.batch, shape.heads, tile.columns, params.key_slots, tile.warps,
+    sm80::launch_partial_sum({params.keys, shape.batch, shape.heads, tile.columns, params.key_slots, sm80_tile.warps,
                               params.slope_partial, float_data(*dslopes)},
                              target);
   }
@@ -181,6 +220,22 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>,
                              target);
   }
   return {dq, dk, dv, dbias, dslopes, dsink};
+}
+
+}  // namespace
+
+BackwardResults sm80_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool deterministic,
+                              FLASH_ATTN_PARAMETERS, std::optional<Tensor> dlse, bool needs_attn_bias,
+                              bool needs_alibi_slopes, bool needs_learnable_sink) {
+  return run_backward({FLASH_ATTN_ARGUMENTS}, dout, q, k, v, out, lse,
+                      {deterministic, dlse, needs_attn_bias, needs_alibi_slopes, needs_learnable_sink, false});
+}
+
+BackwardResults sm90_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool deterministic,
+                              FLASH_ATTN_PARAMETERS, std::optional<Tensor> dlse, bool needs_attn_bias,
+                              bool needs_alibi_slopes, bool needs_learnable_sink) {
+  return run_backward({FLASH_ATTN_ARGUMENTS}, dout, q, k, v, out, lse,
+                      {deterministic, dlse, needs_attn_bias, needs_alibi_slopes, needs_learnable_sink, true});
 }
 
 namespace {
@@ -207,6 +262,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn_kernels, CUDA, m) {
   m.impl("sm80_forward", TORCH_BOX(&sm80_forward));
   m.impl("sm80_forward_dense", TORCH_BOX(&sm80_forward_dense));
   m.impl("sm80_backward", TORCH_BOX(&sm80_backward));
+  m.impl("sm90_backward", TORCH_BOX(&sm90_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_kernels, CompositeImplicitAutograd, m) {

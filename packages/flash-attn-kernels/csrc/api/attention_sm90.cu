@@ -1,4 +1,5 @@
-// Operator of the sm90 attention path: outputs, tile counter, choice of the instantiation.
+// Operators of the sm90 attention path: outputs, tile counter, choice of the instantiation. The backward is prepared in
+// attention_sm80.cu.
 //
 // Host code only: the kernels are instantiated in generated units, which alone are compiled for sm_90a.
 
@@ -13,9 +14,11 @@
 #include <utility>
 
 #include "../attention/head_dims.h"
+#include "../attention/sm90/backward_launch.h"
 #include "../attention/sm90/launch.h"
 #include "allocate.h"
 #include "attention_arguments.h"
+#include "backward_call.h"
 #include "device.h"
 #include "forward_call.h"
 
@@ -65,6 +68,25 @@ void run_forward(const ForwardParams& params, const Tensor& q) {
   } else {
     run_sm80_forward(params, q);
   }
+}
+
+std::optional<BackwardTile> sm90_backward_tile(const BackwardParams& params, bool deterministic, const Tensor& q) {
+  if (device_limits(q.get_device_index()).capability_major != 9 || deterministic || !sm90::has_backward(params.shape) ||
+      sm90::has_few_queries(params) || needs_general(params.modifiers, params.softmax_scale)) {
+    return std::nullopt;
+  }
+  return sm90::with_backward_head_dims(params.shape, []<typename Dims>(Dims) {
+    using Config = typename sm90::BackwardConfigOf<Dims>::Config;
+    return BackwardTile{Config::kRows, Config::kColumns, Config::kHeadDim};
+  });
+}
+
+void run_sm90_backward(const BackwardParams& params, int* work_counter, const Tensor& q) {
+  const LaunchTarget target = launch_target(q);
+  sm90::with_backward_head_dims(params.shape, [&]<typename Dims>(Dims) {
+    q.scalar_type() == ScalarType::BFloat16 ? sm90::launch_backward<__nv_bfloat16, Dims>(params, work_counter, target)
+                                            : sm90::launch_backward<__half, Dims>(params, work_counter, target);
+  });
 }
 
 std::tuple<Tensor, Tensor> sm90_forward(Tensor q, Tensor k, Tensor v, double softmax_scale, int64_t window_left,

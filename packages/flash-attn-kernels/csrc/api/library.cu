@@ -12,16 +12,14 @@ STABLE_TORCH_LIBRARY(flash_attn_kernels, m) {
   // nothing else. Every argument costs time, some 0.25 us for a number, a third of it for what is left out.
   m.def("sm80_forward_dense(" FLASH_ATTN_SCHEMA_DENSE ") -> (Tensor, Tensor)");
   // Gradients of q, k, v, and of attn_bias, alibi_slopes (B, H) and learnable_sink (B, H) where they are needed.
-  m.def(
-      "sm80_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool "
-      "deterministic," FLASH_ATTN_SCHEMA_OPTIONS "," FLASH_ATTN_SCHEMA_OPTIONAL
-      ", Tensor? dlse=None, bool needs_attn_bias=False, bool needs_alibi_slopes=False,"
-      " bool needs_learnable_sink=False) -> (Tensor, Tensor, Tensor, Tensor?, Tensor?, Tensor?)");
+  m.def("sm80_backward(" FLASH_ATTN_SCHEMA_BACKWARD);
   // The forward on a device of compute capability 9.x. Rows that are not 16-byte aligned go to the sm80 kernels.
   m.def("sm90_forward(Tensor q, Tensor k, Tensor v," FLASH_ATTN_SCHEMA_OPTIONS
         ", float softcap=0., Tensor? learnable_sink=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None,"
         " Tensor? seqused_q=None, Tensor? seqused_k=None) -> (Tensor, Tensor)");
   m.def("sm90_forward_dense(" FLASH_ATTN_SCHEMA_DENSE ") -> (Tensor, Tensor)");
+  // Takes every call that sm80_backward takes: what the sm90 kernels cannot run goes to those of sm80.
+  m.def("sm90_backward(" FLASH_ATTN_SCHEMA_BACKWARD);
   // Writes k and v, (B, rows, Hk, D) or packed, behind the first cache_seqlens[b] keys of the caches, and returns q
   // rotated if it is given, otherwise a tensor without elements. Rows that the cache has no room for are dropped.
   m.def(

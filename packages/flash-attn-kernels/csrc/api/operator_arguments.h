@@ -12,6 +12,13 @@
   "Tensor? attn_mask=None, Tensor? key_padding_mask=None, Tensor? alibi_slopes=None, Tensor? learnable_sink=None," \
   "Tensor? seed_and_offset=None"
 
+// Of a backward, with its results.
+#define FLASH_ATTN_SCHEMA_BACKWARD                                                  \
+  "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool "        \
+  "deterministic," FLASH_ATTN_SCHEMA_OPTIONS "," FLASH_ATTN_SCHEMA_OPTIONAL         \
+  ", Tensor? dlse=None, bool needs_attn_bias=False, bool needs_alibi_slopes=False," \
+  " bool needs_learnable_sink=False) -> (Tensor, Tensor, Tensor, Tensor?, Tensor?, Tensor?)"
+
 #define FLASH_ATTN_SCHEMA_DENSE "Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal"
 
 #define FLASH_ATTN_PARAMETERS                                                                                       \

@@ -247,6 +247,7 @@ def _plan(
         head_dim_v=head_dim_v,
         layout=layout,
         softmax_scale=options.softmax_scale,
+        has_softcap=options.softcap > 0.0,
         has_dropout=options.dropout_p > 0.0,
         score_tensors=score_tensors,
         deterministic=options.deterministic,

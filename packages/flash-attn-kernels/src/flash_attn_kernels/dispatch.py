@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,7 @@ class AttentionProblem:
     head_dim_v: int
     layout: str  # "dense", "packed" or "paged"
     softmax_scale: float
+    has_softcap: bool
     has_dropout: bool
     score_tensors: tuple[str, ...]  # names of the biases, masks and slopes that there are
     deterministic: bool
@@ -34,10 +35,14 @@ class AttentionProblem:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The chosen path and, for each faster one that was passed over, the reasons. ``str()`` says both in words."""
+    """The chosen path and, for each faster one that was passed over, the reasons. ``str()`` says both in words.
+
+    ``sm80_backward``: on the path sm90, why the sm80 kernels run the backward; empty if they do not, or there is none.
+    """
 
     path: str
     reasons: Mapping[str, tuple[str, ...]]
+    sm80_backward: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         paths_of: dict[
@@ -46,7 +51,8 @@ class Explanation:
         for path, reasons in self.reasons.items():
             paths_of.setdefault(reasons, []).append(path)
         passed_over = (f" (not {' or '.join(paths)}: {'; '.join(why)})" for why, paths in paths_of.items())
-        return f"attention path: {self.path}{''.join(passed_over)}"
+        backward = f", backward: sm80 ({'; '.join(self.sm80_backward)})" if self.sm80_backward else ""
+        return f"attention path: {self.path}{backward}{''.join(passed_over)}"
 
 
 def choose_path(problem: AttentionProblem) -> Explanation:
@@ -55,7 +61,10 @@ def choose_path(problem: AttentionProblem) -> Explanation:
     for path, why_not in _WHY_NOT.items():
         reasons = why_not(problem)
         if not reasons:
-            return Explanation(path, passed_over)
+            explanation = Explanation(path, passed_over)
+            if path == "sm90" and problem.needs_gradient:
+                return replace(explanation, sm80_backward=_why_sm80_backward(problem))
+            return explanation
         passed_over[path] = reasons
     return Explanation("portable", passed_over)
 
@@ -81,6 +90,21 @@ def _why_not_sm90(problem: AttentionProblem) -> tuple[str, ...]:
     reasons += [f"{name} is given" for name in problem.score_tensors]
     if not problem.softmax_scale > 0.0:
         reasons.append(f"softmax_scale {problem.softmax_scale} is not above 0")
+    return tuple(reasons)
+
+
+def _why_sm80_backward(problem: AttentionProblem) -> tuple[str, ...]:
+    """Of a problem whose forward the sm90 kernels run. The operator decides by the same conditions."""
+    reasons = []
+    larger = max(problem.head_dim, problem.head_dim_v)
+    if not (larger <= 64 or 96 < larger <= 128):
+        reasons.append(
+            f"the larger head dim ({_head_dims(problem)}) is neither at most 64 nor from 97 to 128"
+        )
+    if problem.has_softcap:
+        reasons.append("softcap is above 0")
+    if problem.deterministic:
+        reasons.append("deterministic is set")
     return tuple(reasons)
 
 

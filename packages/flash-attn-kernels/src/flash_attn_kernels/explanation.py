@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ def explain(
     ):
         # An absent cu_seqlens is refused by name, as in the function asked about.
         packed = PackedLayout(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, block_table)  # type: ignore[arg-type]
-    q, k, v, *_, explanation = prepare(
+    q, k, v, *_, needs_gradient, _, explanation = prepare(
         q,
         k,
         v,
@@ -72,6 +74,10 @@ def explain(
         unaligned = sm90.unaligned_rows(q, k, v)
         if unaligned is not None:
             return Explanation("sm80", {"sm90": (unaligned,)})
+    if explanation.path == "sm90" and needs_gradient:
+        few_queries = sm90.few_queries(q, v, packed)
+        if few_queries is not None:
+            return replace(explanation, sm80_backward=(*explanation.sm80_backward, few_queries))
     return explanation
 
 

@@ -26,6 +26,7 @@ sm80_forward_dense: Any = None
 sm80_backward: Any = None
 sm90_forward: Any = None
 sm90_forward_dense: Any = None
+sm90_backward: Any = None
 append_kv: Any = None
 decode: Any = None
 append_and_decode: Any = None
@@ -39,7 +40,8 @@ def load_error() -> str | None:
 
 @functools.cache
 def _load() -> str | None:
-    global sm80_forward, sm80_forward_dense, sm80_backward, sm90_forward, sm90_forward_dense
+    global sm80_forward, sm80_forward_dense, sm80_backward
+    global sm90_forward, sm90_forward_dense, sm90_backward
     global append_kv, decode, append_and_decode
     if not LIBRARY_PATH.exists():
         return (
@@ -52,9 +54,10 @@ def _load() -> str | None:
         return f"the compiled kernels failed to load: {error.__cause__ or error}"
     torch.library.register_fake("flash_attn_kernels::sm80_forward", _fake_sm80_forward)
     torch.library.register_fake("flash_attn_kernels::sm80_forward_dense", _fake_forward_dense)
-    torch.library.register_fake("flash_attn_kernels::sm80_backward", _fake_sm80_backward)
+    torch.library.register_fake("flash_attn_kernels::sm80_backward", _fake_backward)
     torch.library.register_fake("flash_attn_kernels::sm90_forward", _fake_sm90_forward)
     torch.library.register_fake("flash_attn_kernels::sm90_forward_dense", _fake_forward_dense)
+    torch.library.register_fake("flash_attn_kernels::sm90_backward", _fake_backward)
     for name, fake in CACHE_FAKES.items():
         torch.library.register_fake(f"flash_attn_kernels::{name}", fake)
     sm80_forward = torch.ops.flash_attn_kernels.sm80_forward.default
@@ -62,6 +65,7 @@ def _load() -> str | None:
     sm80_backward = torch.ops.flash_attn_kernels.sm80_backward.default
     sm90_forward = torch.ops.flash_attn_kernels.sm90_forward.default
     sm90_forward_dense = torch.ops.flash_attn_kernels.sm90_forward_dense.default
+    sm90_backward = torch.ops.flash_attn_kernels.sm90_backward.default
     append_kv = torch.ops.flash_attn_kernels.append_kv.default
     decode = torch.ops.flash_attn_kernels.decode.default
     append_and_decode = torch.ops.flash_attn_kernels.append_and_decode.default
@@ -126,7 +130,7 @@ def _fake_sm90_forward(
     return _forward_results(q, v)
 
 
-def _fake_sm80_backward(
+def _fake_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,

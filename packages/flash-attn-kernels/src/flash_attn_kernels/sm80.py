@@ -48,8 +48,12 @@ def backward(
     needs_attn_bias: bool,
     needs_alibi_slopes: bool,
     needs_learnable_sink: bool,
+    operator: Any = None,
 ) -> Gradients:
-    """Gradients of ``sum(dout * out) + sum(dlse * lse)``, each in the shape and dtype of its tensor in ``inputs``."""
+    """Gradients of ``sum(dout * out) + sum(dlse * lse)``, each in the shape and dtype of its tensor in ``inputs``.
+
+    ``operator`` takes the arguments of ``library.sm80_backward``, which is the default.
+    """
     q, k, v, options, *_ = inputs
     left, right = window(options)
     optional: tuple[Any, ...] = ()
@@ -61,7 +65,7 @@ def backward(
             needs_alibi_slopes,
             needs_learnable_sink,
         )
-    dq, dk, dv, dbias, dslopes_BH, dsink_BH = library.sm80_backward(
+    dq, dk, dv, dbias, dslopes_BH, dsink_BH = (operator or library.sm80_backward)(
         dout,
         q,
         k,

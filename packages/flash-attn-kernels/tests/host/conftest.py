@@ -23,7 +23,7 @@ Host = Callable[[Sequence[tuple[Any, ...]]], list[Any]]
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
-    """The Hopper forward: answers requests, each a function's name and whole numbers, in one run of the program."""
+    """The Hopper kernels: answers requests, each a function's name and whole numbers, in one run of the program."""
     return _program(tmp_path_factory, "sm90_host_functions")
 
 

@@ -1,4 +1,4 @@
-// The parts of the Hopper forward that need no Hopper, from the very headers that the kernels include, for the CPU.
+// The parts of the Hopper kernels that need no Hopper, from the very headers that the kernels include, for the CPU.
 // The tests beside this file say what comes out.
 
 #include "warp_on_host.h"
@@ -8,6 +8,9 @@
 #include "attention/params.h"
 #include "attention/sequence.cuh"
 #include "attention/shared_tile.cuh"
+#include "attention/sm90/backward_mask.cuh"
+#include "attention/sm90/backward_shared.cuh"
+#include "attention/sm90/backward_work.cuh"
 #include "attention/sm90/config.h"
 #include "attention/sm90/forward_shared.cuh"
 #include "attention/sm90/forward_work.cuh"
@@ -214,6 +217,105 @@ std::string works(Request& request) {
   return json(lanes[0]);
 }
 
+// head dim: the backward's tiles
+std::string backward_config(Request& request) {
+  const auto describe_it = [&]<typename Config>(Config) {
+    using Shared = sm90::BackwardShared<Config>;
+    alignas(1024) static uint8_t memory[1024];
+    const Shared shared(memory);
+    const auto offset = [&](uint32_t address) { return int64_t{address - ptx::shared_address(memory)}; };
+    std::vector<int64_t> queries, scores, slices;
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      queries.push_back(offset(shared.query_tile(stage)));
+      queries.push_back(offset(shared.dout_tile(stage)));
+    }
+    for (int stage = 0; stage < 2; ++stage) scores.push_back(offset(shared.ds_tile(stage)));
+    for (int consumer = 0; consumer < Config::kConsumers; ++consumer)
+      slices.push_back(offset(shared.dq_slice(consumer)));
+    return json({
+        {"head_dim", json(Config::kHeadDim)},
+        {"rows", json(Config::kRows)},
+        {"columns", json(Config::kColumns)},
+        {"consumers", json(Config::kConsumers)},
+        {"threads", json(Config::kThreads)},
+        {"producer_registers", json(Config::kProducerRegisters)},
+        {"consumer_registers", json(Config::kConsumerRegisters)},
+        {"query_fragments", json(Config::kQueryFragments)},
+        {"key_tiles", json(std::vector<int64_t>{offset(shared.key_tile()), offset(shared.value_tile())})},
+        {"query_tiles", json(queries)},
+        {"score_tiles", json(scores)},
+        {"slices", json(slices)},
+        {"slice_bytes", json(Config::kQuerySliceBytes)},
+        {"vectors", json(std::vector<int64_t>{offset(shared.lse(0)), offset(shared.delta(0)), offset(shared.lse(1)),
+                                              offset(shared.delta(1))})},
+        {"storage", json(Shared::kTileBytes)},
+        {"bytes", json(Shared::kBytes)},
+    });
+  };
+  return request.next() == 64 ? describe_it(sm90::BackwardConfigOf<HeadDims<64, 64>>::Config{})
+                              : describe_it(sm90::BackwardConfigOf<HeadDims<128, 128>>::Config{});
+}
+
+// batch, heads, heads of a group, splits of a group, heads that take turns, rows of q, of k, window, cumulative lengths
+// of q, of k (empty: dense): every work in turn, with its visits (head, tile, scratch tile)
+std::string backward_works(Request& request) {
+  using Config = sm90::BackwardConfigOf<HeadDims<128, 128>>::Config;
+  BackwardParams params{};
+  params.shape = {request.next(), request.next(), request.next(), 128, 128};
+  params.group_splits = request.next();
+  params.head_interleave = request.next();
+  params.queries = dense(request.next());
+  params.keys = dense(request.next());
+  params.window = next_window(request);
+  const std::vector<int> cu_q = request.next_list(), cu_k = request.next_list();
+  if (!cu_q.empty()) {
+    params.queries.cu_seqlens = cu_q.data();
+    params.keys.cu_seqlens = cu_k.data();
+  }
+  params.query_slots = slot_count(params.queries, params.shape.batch, Config::kRows);
+  params.key_slots = slot_count(params.keys, params.shape.batch, Config::kColumns);
+  const int works = params.key_slots * (params.shape.heads / params.shape.heads_per_kv_head) * params.group_splits;
+  std::vector<Rows> lanes(kLanes);
+  run_warp([&](int lane) {
+    for (int position = 0; position < works; ++position) {
+      const sm90::BackwardWork<Config> work(params, position);
+      std::vector<int> row{work.sequence.index, work.kv_head, work.split, work.first_key};
+      sm90::Visit visit = work.first();
+      for (int remaining = work.visits(); remaining > 0; --remaining, work.advance(visit)) {
+        const int numbers[] = {visit.head, visit.tile, static_cast<int>(work.scratch_tile(params, visit))};
+        row.insert(row.end(), std::begin(numbers), std::end(numbers));
+      }
+      lanes[lane].push_back(row);
+    }
+  });
+  for (const Rows& lane : lanes) {
+    if (lane != lanes[0]) throw std::runtime_error("lanes disagree");
+  }
+  return json(lanes[0]);
+}
+
+// sequence, whether first keys may be inside, the key and query of the thread's first element: for each of its elements
+// whether it is kept
+std::string masked_transposed(Request& request) {
+  constexpr int kFragments = 6;
+  const AttentionParams params = next_sequence(request);
+  const bool begins = request.next() != 0;
+  const int key = request.next(), query = request.next();
+  float scores[kFragments][4] = {};
+  const Sequence sequence(params, 0);
+  if (begins) {
+    sm90::mask_transposed<true>(scores, sequence, params.window, key, query);
+  } else {
+    sm90::mask_transposed<false>(scores, sequence, params.window, key, query);
+  }
+  Rows kept;
+  for (const auto& fragment : scores) {
+    kept.emplace_back();
+    for (float score : fragment) kept.back().push_back(score == 0.f ? 1 : 0);
+  }
+  return json(kept);
+}
+
 template <typename Tile>
 std::string chunks_of() {
   Rows addresses;
@@ -317,12 +419,15 @@ std::string cursor(Request& request) {
 
 int main() {
   return answer_all({
+      {"backward_config", backward_config},
+      {"backward_works", backward_works},
       {"chunks", chunks},
       {"clean", clean},
       {"config", config},
       {"cursor", cursor},
       {"descriptor", descriptor},
       {"masked", masked},
+      {"masked_transposed", masked_transposed},
       {"order", order},
       {"packed", packed},
       {"static_positions", static_positions},

@@ -49,11 +49,18 @@ __device__ __forceinline__ float dot_chunk(const uint16_t* out, const uint16_t* 
 
 // delta = rowsum(dO * O) - dLSE, and LSE in base 2. Rows that see nothing, and rows past the end of the sequence, get
 // LSE = +inf: their probabilities then come out as exactly 0. The sink's gradient is -sum exp(sink - LSE) * delta.
-template <typename Element, typename Config>
+// kClears: the tile of the dQ accumulator becomes zero, by writes that run beside the reads.
+template <typename Element, typename Config, bool kClears = false>
 __global__ void __launch_bounds__(Config::kThreads)
     backward_delta_kernel(const __grid_constant__ BackwardParams params) {
   constexpr int kRowsPerPass = Config::kThreads / kPanelChunks;
   const QueryTileWork work(params, Config::kRows);
+  if constexpr (kClears) {
+    constexpr int kChunks = Config::kRows * Config::kHeadDim / 4;
+    float4* tile = reinterpret_cast<float4*>(params.dq_accumulator) + work.scratch_tile * kChunks;
+#pragma unroll
+    for (int i = 0; i < kChunks; i += Config::kThreads) tile[i + threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
+  }
   const Sequence sequence(params, work.index);
   const int chunk = threadIdx.x % kPanelChunks;
   const uint16_t* out = matrix_of(params.out, work.index, sequence.first_q, work.head);
