@@ -1,13 +1,15 @@
 """Training speed of GPT-2 and LLaMA shapes on one GPU, against the same shapes of transformers.
 
 One loop for all contestants: bf16 autocast over float32 weights, gradients of several forward passes added up, clipped
-to norm 1, fused AdamW, random tokens. The contestants take turns step by step in one process. The peer is transformers'
-model with SDPA attention, whole model and loss under torch.compile.
+to norm 1, fused AdamW, random tokens. The contestants take turns of a few steps in one process, of which the first is
+not timed; weights and optimizer state of those that wait are in pinned CPU memory, so that the GPU's is there for one.
+The peer is transformers' model with SDPA attention, whole model and loss under torch.compile.
 
-Model FLOPs of a token: 6 N + 12 L H Q T, with N parameters (a tied embedding once), L layers, H heads of width Q, T
-tokens of context; a causal mask is not discounted (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). MFU is their
-rate as a share of what the device's data sheet says of dense bf16. Peak memory is of a step, with the weights and the
-optimizer state of the contestant, and without those of the others.
+Model FLOPs are those of flash_attn_train.flops, the same for all contestants: 6 N + 12 L H Q T a token, with N weights
+of the matrices that a token is multiplied with (the output layer also where it is tied; no embeddings, biases, norms),
+L layers, H heads of width Q, T tokens of context; a causal mask is not discounted (Chowdhery et al. 2022,
+arXiv:2204.02311, appendix B). MFU is their rate as a share of what the device's data sheet says of dense bf16. Peak
+memory is of a step, with the weights and the optimizer state of the contestant, and without those of the others.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ import torch
 from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel
 from flash_attn_models.gpt.families import named_config
 from flash_attn_models.testing import measure_ceilings, write_result
+from flash_attn_train.flops import count_parameters, flops_per_sample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 PEAK_TFLOPS = 989.4  # H100 SXM and H200, dense bf16
 TOKENS_PER_STEP = 2**17
+TURNS = 2  # of each contestant
 SUPPORTED = ("ours", "ours, layers compiled", "transformers, compiled")
 
 
@@ -46,8 +50,8 @@ class Shape:
 SHAPES = (
     Shape("gpt2", 1024, 32),
     Shape("gpt2-medium", 1024, 16),
-    Shape("gpt2-large", 1024, 8),
-    Shape("gpt2-xl", 1024, 4),
+    Shape("gpt2-large", 1024, 16),
+    Shape("gpt2-xl", 1024, 8),
     Shape("llama-3.2-1b", 2048, 4),
     Shape("llama-3.2-1b", 8192, 1),
 )
@@ -81,6 +85,7 @@ class Contestant:
         self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
         self.seconds: list[float] = []
         self.peak_bytes = 0
+        self._copies: dict[Tensor, Tensor] = {}  # by identity, which is how tensors are hashed
 
     def step(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         device = batches[0][0].device
@@ -94,8 +99,38 @@ class Contestant:
 
     def resting_bytes(self) -> int:
         """Weights and optimizer state."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._resting())
+
+    def park(self) -> None:
+        """Moves weights and optimizer state to pinned CPU memory, and gives their memory on the device back.
+
+        The tensors stay the same objects, which compiled code and the optimizer know.
+        """
+        for tensor in self._resting():
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                here = _bytes_of(storage)
+                copy = self._copies.get(tensor)
+                if copy is None:
+                    copy = torch.empty(here.shape, dtype=torch.uint8, pin_memory=here.is_cuda)
+                    self._copies[tensor] = copy
+                copy.copy_(here)
+                storage.resize_(0)
+
+    def wake(self) -> None:
+        """Undoes ``park``."""
+        for tensor, copy in self._copies.items():
+            storage = tensor.untyped_storage()
+            storage.resize_(copy.numel())
+            _bytes_of(storage).copy_(copy)
+
+    def _resting(self) -> list[Tensor]:
         states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-        return sum(t.numel() * t.element_size() for t in [*self.model.parameters(), *states])
+        return [*self.model.parameters(), *states]
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def ours(config: GPTConfig, device: str, *, compile_layers: bool) -> Contestant:
@@ -132,56 +167,70 @@ MAKERS: dict[str, Callable[[GPTConfig, str], Contestant]] = {
 
 def measure(shape: Shape, names: list[str], steps: int, device: str) -> list[dict[str, Any]]:
     config = config_of(shape)
-    torch.manual_seed(0)
-    contestants = {name: MAKERS[name](config, device) for name in names}
+    with torch.device("meta"):
+        model = GPTLMHeadModel(config)
+    flops_per_token = (flops_per_sample(model, shape.seqlen) or 0) / shape.seqlen
     passes = max(1, TOKENS_PER_STEP // (shape.seqlen * shape.batch_size)) if shape.layers is None else 2
-    on_gpu = device == "cuda"
 
     def batches() -> list[tuple[Tensor, Tensor]]:
         drawn = torch.randint(config.vocab_size, (passes, shape.batch_size, shape.seqlen + 1), device=device)
         return [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) for tokens in drawn]
 
-    warmup = 2  # compiles, and makes the optimizer's state
-    for number in range(warmup + steps):
-        for name, contestant in contestants.items():
-            data = batches()
-            if on_gpu:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            started = time.perf_counter()
-            contestant.step(data)
-            if on_gpu:
-                torch.cuda.synchronize()
-            if number >= warmup:
-                contestant.seconds.append(time.perf_counter() - started)
-                if on_gpu:
-                    own = torch.cuda.max_memory_allocated() - before + contestant.resting_bytes()
-                    contestant.peak_bytes = max(contestant.peak_bytes, own)
-            elif not number:
-                print(f"  {name}: first step {time.perf_counter() - started:.1f} s", flush=True)
+    torch.manual_seed(0)
+    contestants: dict[str, Contestant] = {}
+    for name in names:
+        contestants[name] = MAKERS[name](config, device)
+        started = time.perf_counter()
+        _timed_step(contestants[name], batches())  # compiles, and makes the optimizer's state
+        print(f"  {name}: first step {time.perf_counter() - started:.1f} s", flush=True)
+        contestants[name].park()
+    for turn in range(TURNS):
+        for contestant in contestants.values():
+            contestant.wake()
+            _timed_step(contestant, batches())  # gets the device's memory
+            for _ in range(-(-(steps - turn) // TURNS)):
+                seconds, peak_bytes = _timed_step(contestant, batches())
+                contestant.seconds.append(seconds)
+                contestant.peak_bytes = max(contestant.peak_bytes, peak_bytes)
+            contestant.park()
     rows = []
-    n_parameters = sum(p.numel() for p in next(iter(contestants.values())).model.parameters())
-    attention_flops = 12 * config.n_layer * config.n_head * config.head_dim * shape.seqlen
     for name, contestant in contestants.items():
         tokens = passes * shape.batch_size * shape.seqlen
         rate = tokens / median(contestant.seconds)
         rows.append(
             {
                 "model": shape.name,
-                "parameters": n_parameters,
+                "parameters": count_parameters(model).total,
                 "seqlen": shape.seqlen,
                 "batch_size": shape.batch_size,
                 "tokens_per_step": tokens,
                 "contestant": name,
                 "tokens_per_s": round(rate),
-                "mfu": round(rate * (6 * n_parameters + attention_flops) / (PEAK_TFLOPS * 1e12), 4),
+                "mfu": round(rate * flops_per_token / (PEAK_TFLOPS * 1e12), 4),
                 "peak_gib": round(contestant.peak_bytes / 2**30, 2),
                 "step_ms": round(median(contestant.seconds) * 1e3, 1),
             }
         )
         print("  ".join(str(value) for value in rows[-1].values()), flush=True)
     return rows
+
+
+def _timed_step(contestant: Contestant, data: list[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+    """Seconds of a step, and the most bytes that the contestant had in it (0 on a CPU)."""
+    on_gpu = data[0][0].is_cuda
+    before = 0
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    started = time.perf_counter()
+    contestant.step(data)
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    if not on_gpu:
+        return seconds, 0
+    return seconds, torch.cuda.max_memory_allocated() - before + contestant.resting_bytes()
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel
 from flash_attn_train.callbacks.checkpoint import RunCheckpoint
 from flash_attn_train.checkpoints import AtomicCheckpointIO
+from flash_attn_train.configs.model import GPTModelConfig
 from flash_attn_train.configs.schema import TrainConfig, TrainerConfig
 from flash_attn_train.configs.strategy import STRATEGIES
 from flash_attn_train.distributed import (
@@ -33,15 +34,23 @@ from flash_attn_train.distributed import (
     on_rank_zero,
     parallelize,
 )
+from flash_attn_train.models import DataSizes
+from flash_attn_train.tasks.initial_model import initial_model
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
 GLOBAL_BATCH, SEQLEN, VOCAB = 4, 8, 50
-MODEL = GPTConfig(
-    vocab_size=VOCAB, max_seqlen=SEQLEN, n_layer=2, n_head=4, n_head_kv=2, d_model=32, position="rotary"
-)
+SHAPE: dict[str, Any] = {
+    "max_seqlen": SEQLEN,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_head_kv": 2,
+    "d_model": 32,
+    "position": "rotary",
+}
+MODEL = GPTConfig(vocab_size=VOCAB, **SHAPE)
 
 
 class Samples(IterableDataset):
@@ -72,6 +81,9 @@ class TinyTask(pl.LightningModule):
 
     def configure_model(self) -> None:
         if hasattr(self, "model"):
+            return
+        if self.config.model.warm_start is not None:
+            self.model = initial_model(self.config, DataSizes(VOCAB), self.device_mesh)
             return
         torch.manual_seed(0)
         shape = dataclasses.replace(MODEL, dropout=self.dropout)
@@ -146,6 +158,7 @@ def run(
     every_n_steps: int = 100,
     save: dict[str, Any] | None = None,
     precision: str = "32-true",
+    warm_start: str | None = None,
 ) -> dict[str, Any]:
     """One run; returns losses, means over the data-parallel ranks, and gradient norms of its steps."""
     chosen = STRATEGIES[strategy](**(options or {}))
@@ -155,6 +168,7 @@ def run(
     config = TrainConfig(
         output_dir=mode,
         strategy=chosen,
+        model=GPTModelConfig(**SHAPE, warm_start=warm_start),
         trainer=TrainerConfig(
             devices=devices, accelerator="cpu", precision="32-true", max_steps=steps, **settings
         ),

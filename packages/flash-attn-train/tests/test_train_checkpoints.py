@@ -128,7 +128,7 @@ def test_same_config_passes() -> None:
         {"data": {"cache_dir": None, "num_workers": 2}},
         {"trainer": {"val_every_n_steps": 1, "val_sequences": None}},
         {"trainer": {"max_steps": 12}},
-        {"trainer": {"compile": True, "activation_checkpointing": True}},
+        {"trainer": {"compile": True, "activation_checkpointing": "layers"}},
         {"trainer": {"devices": 2, "batch_size": 2}, "strategy": Zero1Config()},
         {"trainer": {"devices": 2, "num_nodes": 2, "batch_size": 1}, "strategy": FSDP2Config()},
         {"trainer": {"batch_size": 1, "accumulate_grad_batches": 4}},

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from flash_attn_models.gpt import GPTConfig
+from flash_attn_train.cli import compose_config
 from flash_attn_train.configs import (
     BertModelConfig,
     CosineConfig,
@@ -18,6 +19,7 @@ from flash_attn_train.configs import (
 )
 from flash_attn_train.configs.checks import flatten, options
 from flash_attn_train.errors import ConfigError
+from flash_attn_train.saved_config import restore_config
 
 
 def with_value(key: str, value: Any) -> TrainConfig:
@@ -53,6 +55,33 @@ def test_wrong_value_is_named(key: str, value: Any, expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         check_config(with_value(key, value))
     assert str(error.value).startswith(expected)
+
+
+def test_an_empty_path_is_no_folder() -> None:
+    for path in ("", " "):
+        with pytest.raises(ConfigError, match=r"data\.path: got ' ?', expected a file or folder of text"):
+            check_config(with_value("data.path", path))
+
+
+def test_activation_checkpointing_is_for_models_that_have_it() -> None:
+    for what in ("none", "layers", "attention", "mlp"):
+        check_config(with_value("trainer.activation_checkpointing", what))
+    with pytest.raises(ConfigError, match="expected one of none, layers, attention, mlp"):
+        check_config(with_value("trainer.activation_checkpointing", "some"))
+    config = TrainConfig(task=MaskedLMConfig(), model=BertModelConfig())
+    config.trainer.activation_checkpointing = "layers"
+    check_config(config)
+    config.trainer.activation_checkpointing = "mlp"
+    with pytest.raises(ConfigError, match="got 'mlp' for a BertModelConfig, expected none or layers"):
+        check_config(config)
+
+
+def test_activation_checkpointing_may_be_true_or_false() -> None:
+    for given, meant in (("true", "layers"), ("false", "none"), ("attention", "attention")):
+        config = compose_config(["experiment=smoke", f"trainer.activation_checkpointing={given}"])
+        assert config.trainer.activation_checkpointing == meant
+    saved = {**flatten(TrainConfig()), "trainer.activation_checkpointing": True}
+    assert restore_config(saved, source="old.ckpt").trainer.activation_checkpointing == "layers"
 
 
 def test_whole_number_is_a_number() -> None:

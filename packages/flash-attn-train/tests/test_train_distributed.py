@@ -89,11 +89,16 @@ def two_ranks(folder: Path, single: dict[str, Any]) -> dict[str, dict[str, Any]]
         name: {"strategy": strategy, "options": options, "steps": 3}
         for name, (strategy, options) in STARTS.items()
     }
-    plan["fsdp2-consolidated"]["trainer_options"] = {"activation_checkpointing": True}
+    plan["fsdp2-consolidated"]["trainer_options"] = {"activation_checkpointing": "layers"}
     plan["ddp-fp16"] = {"strategy": "ddp", "options": {"compression": "fp16"}, "steps": 2}
     for name, (strategy, start) in CONTINUATIONS.items():
         checkpoint = str(folder / start / "last.ckpt")
         plan[name] = {"strategy": strategy, "steps": 5, "resume": checkpoint}
+    plan["warm"] = {
+        "strategy": "tensor_parallel",
+        "steps": 2,
+        "warm_start": str(folder / "single" / "last.ckpt"),
+    }
     plan["stopped"] = {"strategy": "ddp", "steps": 50, "mode": "stop"}
     entries = [{"folder": str(folder / name), "devices": 2, **entry} for name, entry in plan.items()]
     return dict(zip(plan, launch(folder, entries, *torchrun(2)), strict=True))
@@ -125,6 +130,23 @@ def test_parts_of_the_model(two_ranks: dict[str, Any], single: dict[str, Any]) -
     for name in ("fsdp2", "fsdp2-consolidated"):
         assert two_ranks[name]["local"] == [whole // 2, whole // 2]
     assert all(whole / 2 < local < 0.52 * whole for local in two_ranks["tensor-parallel"]["local"])
+
+
+def test_tensor_parallel_ranks_start_from_weights(
+    two_ranks: dict[str, Any], single: dict[str, Any], folder: Path
+) -> None:
+    alone, exact = (
+        worker.run(
+            strategy="single",
+            folder=str(folder / precision),
+            steps=2,
+            precision=precision,
+            warm_start=str(folder / "single" / "last.ckpt"),
+        )
+        for precision in ("32-true", "64-true")
+    )
+    assert alone["losses"][0] < 0.99 * single["losses"][0]  # it is not where those began
+    assert_same_training(two_ranks["warm"], alone, exact, slice(0, 2))
 
 
 @pytest.mark.parametrize("name", CONTINUATIONS)

@@ -129,7 +129,13 @@ def test_bert_with_classes(tmp_path: Path, transformers: Any) -> None:
     with torch.no_grad():
         expected = restore(str(run.folder)).model(ids, torch.ones_like(ids))
         torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-5)
-    assert theirs.config.num_labels == 3
+    assert theirs.config.id2label == {0: "bad", 1: "good", 2: "new"}
+    assert theirs.config.label2id == {"bad": 0, "good": 1, "new": 2}
+    # A checkpoint by itself has no names.
+    moved = tmp_path / "moved.ckpt"
+    run.last_checkpoint.rename(moved)
+    folder = export(str(moved), tmp_path / "unnamed", tokenizer=run.folder / "tokenizer.json")
+    assert json.loads((folder / "config.json").read_text())["id2label"]["2"] == "LABEL_2"
 
 
 def test_vision_transformer(tmp_path: Path, transformers: Any) -> None:
@@ -139,6 +145,7 @@ def test_vision_transformer(tmp_path: Path, transformers: Any) -> None:
     folder = export(str(run.folder), tmp_path / "hf")
     assert not (folder / "tokenizer.json").exists()
     theirs = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert theirs.config.id2label == {number: str(number) for number in range(10)}
     images = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
         expected = restore(str(run.folder)).model(images).logits

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from flash_attn_train.configs.logger import CometConfig, LoggerConfig, MLflowConfig, WandbConfig
 from flash_attn_train.errors import ConfigError
-from flash_attn_train.loggers import MetricsCSV, build_loggers, read_metrics
+from flash_attn_train.loggers import MetricsCSV, build_loggers, check_loggers, read_metrics
 from flash_attn_train.loggers.identity import Identities
 from pytorch_lightning.loggers import TensorBoardLogger
 
@@ -59,6 +59,8 @@ def test_missing_package_names_its_extra(tmp_path: Path, name: str) -> None:
     config = LoggerConfig(tensorboard=False, **{name: sections[name](enabled=True)})
     with pytest.raises(ConfigError, match=rf"logger\.{name}\.enabled: .*flash-attn-train\[{name}\]"):
         build_loggers(config, tmp_path, options=OPTIONS)
+    with pytest.raises(ConfigError, match=rf"logger\.{name}\.enabled: .*flash-attn-train\[{name}\]"):
+        check_loggers(config)
 
 
 def test_wandb_offline(tmp_path: Path) -> None:

@@ -16,10 +16,16 @@ import matplotlib.image
 import pytest
 import pytorch_lightning as pl
 import torch
+from flash_attn_models import save_pretrained
+from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel
 from flash_attn_train.callbacks import Metrics, build_callbacks
 from flash_attn_train.checkpoints import read_checkpoint
 from flash_attn_train.cli import compose_config
-from flash_attn_train.configs import TrainConfig
+from flash_attn_train.configs import BertModelConfig, MaskedLMConfig, TrainConfig
+from flash_attn_train.configs.callbacks import CausalityConfig
+from flash_attn_train.configs.logger import WandbConfig
+from flash_attn_train.configs.optimizer import ParameterOverride, SGDConfig
+from flash_attn_train.configs.scheduler import MultiStepConfig, WSDConfig
 from flash_attn_train.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
 from flash_attn_train.loggers import read_metrics
 from flash_attn_train.run import train
@@ -173,6 +179,54 @@ def test_failed_resume_changes_nothing(small_config: Callable[..., TrainConfig])
     with pytest.raises(CheckpointError, match="other training data"):
         train(small_config(resume="true", data={"val_fraction": 0.5}))
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer": {"devices": 2}}, r"strategy: got single, but"),
+        ({"logger": {"wandb": WandbConfig(enabled=True)}}, r"logger\.wandb\.enabled: .*not installed"),
+        ({"callbacks": {"causality": CausalityConfig(enabled=True)}, "task": MaskedLMConfig(),
+          "model": BertModelConfig(max_seqlen=16, n_layer=1, n_head=2, d_model=16)},
+         r"callbacks\.causality\.enabled: got true"),
+        ({"optimizer": {"overrides": [ParameterOverride("nothing.*", lr_multiplier=0.5)]}},
+         r"optimizer\.overrides\[0\]\.pattern"),
+        ({"optimizer": SGDConfig(momentum=0.0, nesterov=True)}, r"optimizer\.nesterov"),
+        ({"scheduler": MultiStepConfig(milestones=[3, 2])}, r"scheduler\.milestones"),
+        ({"scheduler": WSDConfig(warmup_steps=3, cooldown_steps=4)}, r"scheduler\.cooldown_steps"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_leaves_no_folder(
+    small_config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr("flash_attn_train.loggers.build.find_spec", lambda name: None)
+    config = small_config(**changes)
+    with pytest.raises(ConfigError, match=message):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize("kind", ["run", "hub layout"])
+def test_weights_that_do_not_fit_leave_no_folder(
+    small_config: Callable[..., TrainConfig], tmp_path: Path, kind: str
+) -> None:
+    source = tmp_path / "wide"
+    if kind == "run":
+        train(small_config(model={"d_model": 32}, output_dir=str(source), trainer={"max_steps": 1}))
+    else:
+        shape = GPTConfig(vocab_size=300, max_seqlen=16, n_layer=1, n_head=2, d_model=32)
+        save_pretrained(GPTLMHeadModel(shape), source)
+    config = small_config(model={"warm_start": str(source)})
+    with pytest.raises(
+        CheckpointError, match=r"warm_start=.*\(300, 32\) instead of \(300, 16\)|another architecture"
+    ):
+        train(config)
+    assert not Path(config.output_dir).exists()
+    config.model = dataclasses.replace(config.model, d_model=32)
+    assert train(config).last_checkpoint.exists()
 
 
 def test_truncated_checkpoint_is_not_resumed_from(small_config: Callable[..., TrainConfig]) -> None:

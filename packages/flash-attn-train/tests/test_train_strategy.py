@@ -135,7 +135,7 @@ def test_layers_and_names_after_compiling() -> None:
     model = small_model()
     before = list(model.state_dict())
     assert list(layers(model)) == list(model.transformer.layers)
-    parallelize(model, config("single", compile=True, activation_checkpointing=True))
+    parallelize(model, config("single", compile=True, activation_checkpointing="layers"))
     assert list(model.state_dict()) == before
     assert model.transformer.activation_checkpointing is True
     assert all(layer._compiled_call_impl is not None for layer in layers(model))
@@ -144,11 +144,12 @@ def test_layers_and_names_after_compiling() -> None:
 def test_activation_checkpointing_changes_nothing_but_memory() -> None:
     tokens = torch.arange(16).view(2, 8) % 50
     gradients = []
-    for on in (False, True):
-        model = parallelize(small_model(), config("single", activation_checkpointing=on))
+    for what in ("none", "layers", "attention", "mlp"):
+        model = parallelize(small_model(), config("single", activation_checkpointing=what))
         model.loss(tokens, tokens).backward()  # type: ignore[operator]
         gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for others in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
 
 
 def test_activation_checkpointing_of_others() -> None:
@@ -159,10 +160,12 @@ def test_activation_checkpointing_of_others() -> None:
             self.asked = gradient_checkpointing_kwargs
 
     model = Theirs(1, 1)
-    parallelize(model, config("single", activation_checkpointing=True))
+    parallelize(model, config("single", activation_checkpointing="layers"))
     assert model.asked == {"use_reentrant": False}
+    with pytest.raises(ConfigError, match="got 'mlp' for a Theirs, expected none or layers"):
+        parallelize(model, config("single", activation_checkpointing="mlp"))
     with pytest.raises(ConfigError, match="Linear has none"):
-        parallelize(nn.Linear(1, 1), config("single", activation_checkpointing=True))
+        parallelize(nn.Linear(1, 1), config("single", activation_checkpointing="layers"))
 
 
 def test_clipping_in_one_process_is_torchs() -> None:

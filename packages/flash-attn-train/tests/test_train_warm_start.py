@@ -12,7 +12,8 @@ from flash_attn_models.bert import BertConfig, BertForMaskedLM, BertForPreTraini
 from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel
 from flash_attn_models.vit import ViTConfig, ViTForImageClassification, ViTModel, interpolate_positions
 from flash_attn_train.errors import CheckpointError
-from flash_attn_train.warm_start import load_warm_start
+from flash_attn_train.sequence_classifier import BertForSequenceClassification
+from flash_attn_train.warm_start import check_warm_start, load_warm_start
 from torch import nn
 
 SIZES = {"vocab_size": 40, "max_seqlen": 8, "n_layer": 1, "n_head": 2, "d_model": 16}
@@ -117,6 +118,30 @@ class TestNames:
             load_warm_start(model, path)
         assert load_warm_start(model, path, skip=["head.*"]) == ["head.bias", "head.weight"]
         assert torch.equal(model.head.weight, before)
+
+    def test_the_error_names_what_to_skip(self, tmp_path: Path) -> None:
+        pretrained = BertForPreTraining(BertConfig(**SIZES))
+        path = write_checkpoint(tmp_path / "a.ckpt", pretrained)
+        model = BertForSequenceClassification(BertConfig(**SIZES), 3)
+        for check in (load_warm_start, check_warm_start):
+            with pytest.raises(CheckpointError) as error:
+                check(model, path)
+            assert "'model.warm_start_skip=[classifier.*,head.*]'" in str(error.value)
+        kept = ["classifier.bias", "classifier.weight"]
+        assert load_warm_start(model, path, skip=["classifier.*", "head.*"]) == kept
+        path = write_checkpoint(tmp_path / "b.ckpt", BertForMaskedLM(BertConfig(**SIZES)))
+        with pytest.raises(CheckpointError, match=r"\[classifier\.\*,bert\.pooler\.\*,head\.\*\]"):
+            load_warm_start(model, path, skip=["classifier.*"])
+
+    def test_checking_needs_no_memory_for_weights(self, tmp_path: Path) -> None:
+        with torch.device("meta"):
+            model, other = vit(image_size=16), vit(image_size=16, n_classes=5)
+        config = {"model.image_size": 8, "model.patch_size": 4}
+        save_pretrained(vit(), tmp_path / "hf")
+        for where in (write_checkpoint(tmp_path / "a.ckpt", vit(), config=config), str(tmp_path / "hf")):
+            check_warm_start(model, where)
+            with pytest.raises(CheckpointError, match=r"'model.warm_start_skip=\[head\.\*\]'"):
+                check_warm_start(other, where)
 
     def test_a_pattern_that_matches_nothing_is_refused(self, tmp_path: Path) -> None:
         path = write_checkpoint(tmp_path / "a.ckpt", vit())

@@ -98,6 +98,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise _damaged(path, error) from error
 
 
+def map_checkpoint(path: Path) -> dict[str, Any]:
+    """As :func:`read_checkpoint`, without the checksums: of a file, tensors are read where and when they are used."""
+    try:
+        if _is_folder(path):
+            return folders.read_checkpoint_folder(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise _damaged(path, error) from error
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """What a checkpoint has besides weights and optimizer state: config, step, ... Checks that it is complete, but not
     the checksums of what it does not read.

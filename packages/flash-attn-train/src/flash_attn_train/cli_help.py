@@ -63,6 +63,8 @@ def show_default(option: Option) -> str:
     """The default as one would write it on the command line."""
     if option.default is None:
         return "null"
+    if option.default == "":
+        return "''"
     return str(option.default).lower() if isinstance(option.default, bool) else str(option.default)
 
 

@@ -129,6 +129,7 @@ def export(
 def _save(restored: Restored, folder: Path, end_of_text: int | None) -> None:
     from flash_attn_models import save_pretrained
     from flash_attn_models.gpt import GPTLMHeadModel
+    from flash_attn_models.vit import ViTForImageClassification
 
     from flash_attn_train.sequence_classifier import BertForSequenceClassification
 
@@ -140,16 +141,20 @@ def _save(restored: Restored, folder: Path, end_of_text: int | None) -> None:
         return
     if isinstance(model, GPTLMHeadModel) and end_of_text is not None:
         model.config = dataclasses.replace(model.config, bos_token_id=end_of_text, eos_token_id=end_of_text)
+    if isinstance(model, ViTForImageClassification) and restored.label_names:
+        model.config = dataclasses.replace(model.config, class_names=tuple(restored.label_names))
     try:
         if isinstance(model, BertForSequenceClassification):
-            _save_sequence_classifier(model, folder)
+            _save_sequence_classifier(model, folder, restored.label_names)
         else:
             save_pretrained(model, folder)
     except ValueError as error:
         raise ConfigError(f"model: it cannot be written in Hugging Face layout: {error}") from error
 
 
-def _save_sequence_classifier(model: BertForSequenceClassification, folder: Path) -> None:
+def _save_sequence_classifier(
+    model: BertForSequenceClassification, folder: Path, label_names: Sequence[str]
+) -> None:
     """The encoder as the models package writes it, and the head beside it under transformers' names."""
     from flash_attn_models import save_pretrained
     from safetensors.torch import load_file, save_file
@@ -160,7 +165,8 @@ def _save_sequence_classifier(model: BertForSequenceClassification, folder: Path
     tensors |= {f"classifier.{name}": tensor for name, tensor in model.classifier.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     fields = json.loads((folder / "config.json").read_text())
-    names = {number: f"LABEL_{number}" for number in range(model.classifier.out_features)}
+    unnamed = (f"LABEL_{number}" for number in range(model.classifier.out_features))
+    names = dict(enumerate(label_names or unnamed))
     fields |= {
         "architectures": ["BertForSequenceClassification"],
         "id2label": names,

@@ -21,7 +21,7 @@ from flash_attn_train.configs import ModelConfig, TrainConfig, ViTModelConfig
 from flash_attn_train.distributed.checkpoint_folder import is_checkpoint_folder
 from flash_attn_train.errors import CheckpointError, ConfigError
 from flash_attn_train.models import DataSizes, build_model
-from flash_attn_train.run_folder import RunFolder
+from flash_attn_train.run_folder import RunFolder, read_labels
 from flash_attn_train.saved_config import for_measuring, override_keys, restore_config
 from flash_attn_train.weights import has_average, model_weights
 
@@ -43,6 +43,7 @@ class Restored:
         checkpoint: file or folder; None of a pretrained model.
         step: optimizer steps that it was trained for; None where that is not known.
         tokenizer: tokenizer.json of the run; None where there is none.
+        label_names: of the classes, by class number; empty where the run has none.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Restored:
     checkpoint: Path | None = None
     step: int | None = None
     tokenizer: Path | None = None
+    label_names: Sequence[str] = ()
 
 
 def find_checkpoint(source: str) -> Path | None:
@@ -98,8 +100,8 @@ def _of_checkpoint(path: Path, overrides: Sequence[str], use_ema: bool) -> Resto
     else:
         override_keys(overrides)
         config = compose_config(["experiment=none", *overrides])
-    tokenizer = RunFolder(path.parent.parent).tokenizer
-    found = tokenizer if path.parent.name == "checkpoints" and tokenizer.is_file() else None
+    folder = RunFolder(path.parent.parent) if path.parent.name == "checkpoints" else None
+    found = folder.tokenizer if folder is not None and folder.tokenizer.is_file() else None
     config = for_measuring(config, override_keys(overrides), found)
     sizes = _sizes_of(config.model, tensors)
     model = build_model(config.model, sizes)
@@ -112,7 +114,14 @@ def _of_checkpoint(path: Path, overrides: Sequence[str], use_ema: bool) -> Resto
         checkpoint=path,
         step=checkpoint.get("global_step"),
         tokenizer=found,
+        label_names=_labels(folder, sizes, override_keys(overrides)),
     )
+
+
+def _labels(folder: RunFolder | None, sizes: DataSizes, given: set[str]) -> list[str]:
+    """The run's, unless other data are given, whose classes may be others."""
+    names = [] if folder is None or "data" in given else read_labels(folder)
+    return names if len(names) == sizes.num_classes else []
 
 
 def _load(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from flash_attn_models.gpt import GPTLMHeadModel
+from torch import nn
 
 from flash_attn_train.atomic import atomic_write
 from flash_attn_train.callbacks import Metrics, WatchedRun, build_callbacks
@@ -20,10 +21,17 @@ from flash_attn_train.configs import TrainConfig, check_config
 from flash_attn_train.console import duration, say
 from flash_attn_train.data import DataModule, build_data
 from flash_attn_train.device import resolve
-from flash_attn_train.distributed import data_parallel_size, is_rank_zero, on_rank_zero
+from flash_attn_train.distributed import build_strategy, data_parallel_size, is_rank_zero, on_rank_zero
 from flash_attn_train.models import DataSizes, build_model
+from flash_attn_train.preflight import check_run
 from flash_attn_train.report import write_report
-from flash_attn_train.run_folder import RunFolder, choose_run_folder, write_config, write_manifest
+from flash_attn_train.run_folder import (
+    RunFolder,
+    choose_run_folder,
+    write_config,
+    write_labels,
+    write_manifest,
+)
 from flash_attn_train.sample import write_sample
 from flash_attn_train.summary import RunResult, describe_run, result_of
 from flash_attn_train.tasks import Task, build_task
@@ -65,8 +73,14 @@ def train(config: TrainConfig) -> RunResult:
 
     pl.seed_everything(config.seed, workers=True, verbose=False)
     sizes = DataSizes(vocab_size=data.vocab_size, num_classes=data.num_classes)
-    task = build_task(config if start.checkpoint is None else _without_warm_start(config), sizes)
-    facts = _describe(config, task, data, sizes)
+    from_here = config if start.checkpoint is None else _without_warm_start(config)
+    task = build_task(from_here, sizes)
+    with torch.device("meta"):
+        model = build_model(config.model, sizes)
+    check_run(from_here, model)
+    strategy = build_strategy(config.strategy, config)
+    metrics, callbacks = build_callbacks(config.callbacks, _watched(config, folder, data))
+    facts = _describe(config, task, data, model)
     if is_rank_zero():
         for name, value in facts.items():
             say(f"{name:<10} {value}")
@@ -74,9 +88,8 @@ def train(config: TrainConfig) -> RunResult:
         lambda: _start_folder(folder, config, data, {"first_step": start.step, **facts}),
         accelerator=config.trainer.accelerator,
     )
-    metrics, callbacks = build_callbacks(config.callbacks, _watched(config, folder, data))
     with quiet_lightning():
-        trainer = build_trainer(config, folder, callbacks, data_key=data.key, first_step=start.step)
+        trainer = build_trainer(config, folder, callbacks, strategy, data_key=data.key, first_step=start.step)
         if start.checkpoint is None:
             trainer.validate(task, data, verbose=False)
         trainer.fit(task, data, ckpt_path=start.checkpoint, weights_only=True)
@@ -99,10 +112,8 @@ def _without_warm_start(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, warm_start=None))
 
 
-def _describe(config: TrainConfig, task: Task, data: DataModule, sizes: DataSizes) -> dict[str, str]:
+def _describe(config: TrainConfig, task: Task, data: DataModule, model: nn.Module) -> dict[str, str]:
     trainer = config.trainer
-    with torch.device("meta"):
-        model = build_model(config.model, sizes)
     return describe_run(
         config,
         model,
@@ -117,6 +128,8 @@ def _start_folder(folder: RunFolder, config: TrainConfig, data: DataModule, sess
     if data.tokenizer is not None:
         with atomic_write(folder.tokenizer) as file:
             file.write(data.tokenizer.to_str(pretty=True).encode())
+    if data.label_names:
+        write_labels(folder, data.label_names)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     write_manifest(folder, {"started": started, "data_key": data.key, **session})
     write_config(folder, config)

@@ -5,7 +5,7 @@
     runs/quickstart/            output_dir; a second run goes to runs/quickstart-2, and so on
       config.yaml               the resolved config
       manifest.json             versions, machine, data: one entry per start or resume
-      tokenizer.json
+      tokenizer.json            of text;  labels.json  names of the classes, of classification
       checkpoints/last.ckpt     checkpoints/best.ckpt
       metrics.csv  tensorboard/ loss.png  sample.txt
 """
@@ -17,7 +17,7 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -71,6 +71,10 @@ class RunFolder:
     @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer.json"
+
+    @property
+    def labels(self) -> Path:
+        return self.path / "labels.json"
 
     @property
     def manifest(self) -> Path:
@@ -154,6 +158,34 @@ def _check_writable(path: Path) -> None:
             f"output_dir: cannot write to {path} ({existing}: {error.strerror}); expected a folder that can "
             "be written. Set output_dir to one."
         ) from error
+
+
+def write_labels(folder: RunFolder, names: Sequence[str]) -> None:
+    """Names of the classes, by class number."""
+    with atomic_write(folder.labels) as file:
+        file.write((json.dumps(list(names), ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def read_labels(folder: RunFolder) -> list[str]:
+    """Names of the classes, by class number; none where the run has none.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    if not folder.labels.is_file():
+        return []
+    try:
+        names = json.loads(folder.labels.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder.labels} cannot be read: {error}. Remove it to go on without the classes' names."
+        ) from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(
+            f"{folder.labels}: got {names!r:.80}, expected a list of the classes' names. Remove it to go on without "
+            "them."
+        )
+    return names
 
 
 def write_config(folder: RunFolder, config: TrainConfig) -> None:

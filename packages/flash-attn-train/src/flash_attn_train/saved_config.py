@@ -47,6 +47,7 @@ def restore_config(saved: Mapping[str, Any], overrides: Sequence[str] = (), *, s
                 "wrote it."
             )
         _set(config, key, value)
+    config.trainer = dataclasses.replace(config.trainer)  # reads values of earlier versions
     check_config(config)
     return config
 

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import pytorch_lightning as pl
+from pytorch_lightning.strategies import Strategy
 
 from flash_attn_train.callbacks import RunCheckpoint
 from flash_attn_train.checkpoints import AtomicCheckpointIO
 from flash_attn_train.configs import TrainConfig
 from flash_attn_train.configs.checks import flatten
-from flash_attn_train.distributed import build_strategy, cluster_environment
+from flash_attn_train.distributed import cluster_environment
 from flash_attn_train.loggers import build_loggers
 from flash_attn_train.run_folder import RunFolder
 
@@ -23,6 +24,7 @@ def build_trainer(
     config: TrainConfig,
     folder: RunFolder,
     callbacks: list[pl.Callback],
+    strategy: Strategy,
     *,
     data_key: str,
     first_step: int,
@@ -49,7 +51,7 @@ def build_trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
-        strategy=build_strategy(config.strategy, config),
+        strategy=strategy,
         precision=cast(Any, settings.precision),  # a plain str; check_config knows the choices
         max_steps=settings.max_steps,
         max_epochs=-1,

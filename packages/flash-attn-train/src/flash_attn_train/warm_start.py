@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from flash_attn_models.gpt import RotaryScaling
 from flash_attn_models.vit import ViTConfig, ViTModel, interpolate_positions
 from torch import Tensor, nn
 
-from flash_attn_train.checkpoints import read_checkpoint
+from flash_attn_train.checkpoints import map_checkpoint, read_checkpoint
 from flash_attn_train.errors import CheckpointError
 from flash_attn_train.weights import model_weights
 
@@ -96,13 +96,36 @@ def load_warm_start(
         CheckpointError: a source that cannot be read, names or shapes that differ, a pattern of ``skip`` that matches
             nothing, or an architecture that computes something else with the same weights.
     """
-    weights = _read(model, source, use_ema)
+    own = model.state_dict()
+    fitted, partial = _fit(model, _read(model, source, use_ema), source, skip, vocab_padding)
+    with torch.no_grad():
+        for name, tensor in fitted.items():
+            own[name][: len(tensor)].copy_(tensor) if tensor.ndim else own[name].copy_(tensor)
+    return sorted([*(own.keys() - fitted.keys()), *partial])
+
+
+def check_warm_start(
+    model: nn.Module, source: str, *, skip: Sequence[str] = (), use_ema: bool = True, vocab_padding: int = 128
+) -> None:
+    """Raises what :func:`load_warm_start` would, but for damage inside tensors; loads nothing.
+
+    Args:
+        model: on device "meta" will do.
+        source, skip, use_ema, vocab_padding: see there. Of files only names and shapes are kept in memory.
+    """
+    _fit(model, _read(model, source, use_ema, is_check=True), source, skip, vocab_padding)
+
+
+def _fit(
+    model: nn.Module, weights: Weights, source: str, skip: Sequence[str], vocab_padding: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What the model's tensors get, by name, and which of them get fewer rows than they have."""
     own = model.state_dict()
     _check_architecture(model, weights.architecture, source)
     _check_skip(skip, own, weights.tensors, source)
     wanted = {name: tensor for name, tensor in own.items() if not _matches(name, skip)}
     offered = {name: tensor for name, tensor in weights.tensors.items() if not _matches(name, skip)}
-    _check_names(wanted, offered, source)
+    _check_names(wanted, offered, source, skip)
 
     fitted, partial, wrong = {}, [], []
     rows = _vocabulary_sizes(model, weights.architecture)
@@ -118,29 +141,27 @@ def load_warm_start(
     if wrong:
         raise CheckpointError(
             f"model.warm_start={source}: got {_listed(wrong)}; expected the model's shapes. Choose the sizes of the "
-            "source, or leave these tensors at their initial values by naming them in model.warm_start_skip."
+            "source, or leave these tensors at their initial values: "
+            f"{_skip_all([text.split()[0] for text in wrong], fitted, skip)}."
         )
-    with torch.no_grad():
-        for name, tensor in fitted.items():
-            own[name][: len(tensor)].copy_(tensor) if tensor.ndim else own[name].copy_(tensor)
-    return sorted([*(own.keys() - fitted.keys()), *partial])
+    return fitted, partial
 
 
-def _read(model: nn.Module, source: str, use_ema: bool) -> Weights:
+def _read(model: nn.Module, source: str, use_ema: bool, *, is_check: bool = False) -> Weights:
     path = Path(source).expanduser()
     last = path / "checkpoints" / "last.ckpt"
     if last.exists():
         path = last
     if path.suffix == ".ckpt" or path.is_file():
-        return _of_run(path, use_ema)
+        return _of_run(path, use_ema, map_checkpoint if is_check else read_checkpoint)
     if _is_of_transformers(model):
         return _of_transformers(model, source)
-    return _of_models_package(model, source)
+    return _of_models_package(model, source, device="meta" if is_check else "cpu")
 
 
-def _of_run(path: Path, use_ema: bool) -> Weights:
+def _of_run(path: Path, use_ema: bool, read: Callable[[Path], dict[str, Any]]) -> Weights:
     """Weights in a checkpoint that Lightning wrote for this package."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read(path)
     tensors = model_weights(checkpoint, use_ema=use_ema, source=f"model.warm_start={path}")
     fields = {
         _ARCHITECTURE_NAMES.get(key, key).removeprefix("model."): value
@@ -178,10 +199,10 @@ def _of_transformers(model: Any, source: str) -> Weights:
     return Weights(loaded.state_dict(), named)
 
 
-def _of_models_package(model: nn.Module, source: str) -> Weights:
+def _of_models_package(model: nn.Module, source: str, *, device: str) -> Weights:
     path = Path(source).expanduser()
     try:
-        loaded = from_pretrained(path if path.exists() else source, device="cpu", dtype=torch.float32)
+        loaded = from_pretrained(path if path.exists() else source, device=device, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise _unreadable(source, error) from error
     config = loaded.config
@@ -232,7 +253,9 @@ def _check_skip(skip: Sequence[str], own: Iterable[str], offered: Iterable[str],
             )
 
 
-def _check_names(wanted: Mapping[str, Tensor], offered: dict[str, Tensor], source: str) -> None:
+def _check_names(
+    wanted: Mapping[str, Tensor], offered: dict[str, Tensor], source: str, skip: Sequence[str]
+) -> None:
     missing = [name for name in wanted if name not in offered]
     unexpected = [name for name in offered if name not in wanted and not _matches(name, _LEFT_OVER)]
     problems = []
@@ -245,9 +268,22 @@ def _check_names(wanted: Mapping[str, Tensor], offered: dict[str, Tensor], sourc
     if problems:
         raise CheckpointError(
             f"model.warm_start={source}: got {'; and '.join(problems)}; expected the model's own tensors. Choose the "
-            "model that the source has, or name a head that is to stay at its initial values, or to be left out, in "
-            "model.warm_start_skip, e.g. [head.*]."
+            "model that the source has, or let what it lacks stay at its initial values, and leave out what the model "
+            f"has no place for: {_skip_all([*missing, *unexpected], wanted.keys() & offered.keys(), skip)}."
         )
+
+
+def _skip_all(names: Iterable[str], fitting: Iterable[str], skip: Sequence[str]) -> str:
+    """The option with which all these names are passed over, and none of those that fit."""
+    fitting = list(fitting)
+    patterns = dict.fromkeys(skip)
+    for name in names:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:count]) + "." for count in range(1, len(parts)))
+        alone = (prefix for prefix in prefixes if not any(other.startswith(prefix) for other in fitting))
+        prefix = next(alone, None)
+        patterns[name if prefix is None else f"{prefix}*"] = None
+    return f"'model.warm_start_skip=[{','.join(patterns)}]'"
 
 
 def _with_grid(tensor: Tensor, name: str, model: nn.Module, grid: tuple[int, int] | None) -> Tensor:

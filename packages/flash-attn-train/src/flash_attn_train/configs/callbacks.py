@@ -21,7 +21,10 @@ class EMAConfig:
 class SpeedConfig:
     """Time per step, tokens per second and device, MFU, wait for data, and peak memory."""
 
-    enabled: bool = option(True, "log them")
+    enabled: bool = option(
+        True,
+        "log step time, tokens per second and device, MFU, wait for data and peak memory with every record",
+    )
     peak_tflops: float | None = option(
         None, "peak TFLOP/s of one device, for MFU; null: from a table by the device's name", above=0.0
     )
@@ -39,9 +42,13 @@ class NormsConfig:
 class CausalityConfig:
     """Whether an output depends on later inputs, found with gradients at every validation."""
 
-    enabled: bool = option(False, "check it")
+    enabled: bool = option(
+        False, "at every validation check with gradients that no output depends on a later token"
+    )
     on_leak: str = option(
-        "raise", "what to do if one does: stop the run, or only log it", choices=("raise", "log")
+        "raise",
+        "if an output depends on a later token: stop the run, or only log it",
+        choices=("raise", "log"),
     )
 
 
@@ -58,7 +65,7 @@ class NaNGuardConfig:
 class EarlyStoppingConfig:
     """End of the run when validation no longer improves."""
 
-    enabled: bool = option(False, "stop early")
+    enabled: bool = option(False, "end the run when the monitored metric no longer improves")
     monitor: str = option("val/loss", "metric that must improve")
     mode: str = option("min", "whether lower or higher is better", choices=("min", "max"))
     patience: int = option(3, "validations without improvement before the run stops", at_least=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flash_attn_train.configs.data import TextDataConfig
 from flash_attn_train.configs.model import (
     BertModelConfig,
     GPTModelConfig,
@@ -34,6 +35,8 @@ def check_together(config: TrainConfig) -> None:
     _check_shape(config.model)
     _check_batch(config)
     _check_schedule(config)
+    _check_activation_checkpointing(config)
+    _check_path(config)
 
 
 def _check_task(config: TrainConfig) -> None:
@@ -91,4 +94,26 @@ def _check_schedule(config: TrainConfig) -> None:
         raise ConfigError(
             f"scheduler.warmup_steps: got {scheduler.warmup_steps}, expected at most {decay_steps}, the "
             "length of the schedule (scheduler.decay_steps, or trainer.max_steps where that is null)."
+        )
+
+
+def _check_activation_checkpointing(config: TrainConfig) -> None:
+    what = config.trainer.activation_checkpointing
+    if what not in ("none", "layers") and not isinstance(config.model, GPTModelConfig):
+        raise ConfigError(
+            f"trainer.activation_checkpointing: got {what!r} for a {type(config.model).__name__}, expected none or "
+            "layers; only a GPT has it for parts of its layers."
+        )
+
+
+def _check_path(config: TrainConfig) -> None:
+    """An empty path would be the folder that the command runs in."""
+    if (
+        isinstance(config.data, TextDataConfig)
+        and config.data.path is not None
+        and not config.data.path.strip()
+    ):
+        raise ConfigError(
+            f"data.path: got {config.data.path!r}, expected a file or folder of text; or null, for the source of "
+            "Python's standard library."
         )

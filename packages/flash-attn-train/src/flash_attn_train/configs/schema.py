@@ -49,12 +49,21 @@ class TrainerConfig:
         choices=("auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"),
     )
     compile: bool = option(False, "compile each layer with torch.compile")
-    activation_checkpointing: bool = option(
-        False, "compute activations again in the backward pass: less memory, a third more computation"
+    activation_checkpointing: str = option(
+        "none",
+        "compute again in the backward pass, to save memory: whole layers (a third more computation); or of a GPT "
+        "only attention or only the MLP",
+        choices=("none", "layers", "attention", "mlp"),
     )
     nan: str = option(
         "stop", "at a loss that is not finite: stop the run, or skip the step", choices=("stop", "skip")
     )
+
+    def __post_init__(self) -> None:
+        # Earlier it was true or false; OmegaConf makes text of these.
+        earlier = {"true": "layers", "false": "none"}
+        given = str(self.activation_checkpointing)
+        self.activation_checkpointing = earlier.get(given.lower(), given)
 
 
 @dataclass

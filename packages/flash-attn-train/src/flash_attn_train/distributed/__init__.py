@@ -17,6 +17,7 @@ from flash_attn_train.distributed.launch import (
 from flash_attn_train.distributed.mesh import data_parallel_rank
 from flash_attn_train.distributed.parallelize import model_options, parallelize
 from flash_attn_train.distributed.seeds import seed_rank
+from flash_attn_train.distributed.spread import load_part
 from flash_attn_train.distributed.zero1 import distribute_optimizer
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "from_all_ranks",
     "is_lightning_child",
     "is_rank_zero",
+    "load_part",
     "local_rank",
     "model_options",
     "on_rank_zero",

@@ -8,6 +8,7 @@ from functools import singledispatch
 from typing import Any
 
 import torch
+from flash_attn_models.gpt import GPTLMHeadModel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -34,10 +35,10 @@ def parallelize(model: nn.Module, config: TrainConfig, mesh: DeviceMesh | None =
         mesh: Lightning's, of ``LightningModule.device_mesh``; None for strategies without one.
 
     Raises:
-        ConfigError: the model has no activation checkpointing.
+        ConfigError: the model has no activation checkpointing, or not of this part.
     """
-    if config.trainer.activation_checkpointing:
-        _checkpoint_activations(model)
+    if config.trainer.activation_checkpointing != "none":
+        _checkpoint_activations(model, config.trainer.activation_checkpointing)
     if config.trainer.compile:
         for layer in layers(model):
             layer.compile()  # in place, unlike torch.compile: names stay
@@ -63,16 +64,21 @@ def layers(model: nn.Module) -> Iterator[nn.Module]:
             yield from layers(child)
 
 
-def _checkpoint_activations(model: nn.Module) -> None:
-    ours = [module for module in model.modules() if hasattr(module, "activation_checkpointing")]
+def _checkpoint_activations(model: nn.Module, what: str) -> None:
+    if what != "layers" and not isinstance(model, GPTLMHeadModel):
+        raise ConfigError(
+            f"trainer.activation_checkpointing: got {what!r} for a {type(model).__name__}, expected none or layers; "
+            "only a GPT has it for parts of its layers."
+        )
+    ours: list[Any] = [module for module in model.modules() if hasattr(module, "activation_checkpointing")]
     for module in ours:
-        module.activation_checkpointing = True  # type: ignore[assignment]
+        module.activation_checkpointing = True if what == "layers" else what
     if ours:
         return
     enable = getattr(model, "gradient_checkpointing_enable", None)
     if not callable(enable):
         raise ConfigError(
-            f"trainer.activation_checkpointing: got true, but {type(model).__name__} has none; set it to false."
+            f"trainer.activation_checkpointing: got {what!r}, but {type(model).__name__} has none; set it to none."
         )
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

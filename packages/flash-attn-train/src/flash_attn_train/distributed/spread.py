@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from flash_attn_train.distributed.mesh import tensor_parallel_mesh
 
 
 class Partition(Protocol):
@@ -63,6 +66,17 @@ def spread_like(target: Tensor, whole: Any, cut: Cut | None, shards: DeviceMesh 
     return distribute_tensor(
         whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None
     )
+
+
+def load_part(model: nn.Module, whole: Mapping[str, Tensor], mesh: DeviceMesh | None) -> None:
+    """Loads this rank's part of the state dict of a single process's model into a tensor-parallel rank's."""
+    shards = tensor_parallel_mesh(mesh)
+    cuts = cuts_of(model, shards)
+    parts = {
+        name: spread_like(target, whole[name], cuts.get(name), shards)
+        for name, target in model.state_dict().items()
+    }
+    model.load_state_dict(parts)
 
 
 def _gather(part: Tensor, shards: DeviceMesh, dim: int, sizes: tuple[int, ...]) -> list[Tensor]:

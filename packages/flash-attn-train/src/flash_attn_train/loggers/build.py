@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,20 @@ from flash_attn_train.errors import ConfigError
 from flash_attn_train.loggers.columns import FIRST_COLUMNS
 from flash_attn_train.loggers.identity import Identities
 from flash_attn_train.loggers.metrics_csv import MetricsCSV
+
+# Name in the logger group -> what is imported for it.
+_PACKAGES = {"wandb": "wandb", "mlflow": "mlflow", "comet": "comet_ml"}
+
+
+def check_loggers(config: LoggerConfig) -> None:
+    """Whether the packages of all loggers are there, which writes and connects nothing.
+
+    Raises:
+        ConfigError: one is not installed.
+    """
+    for name, package in _PACKAGES.items():
+        if getattr(config, name).enabled and find_spec(package) is None:
+            raise _not_installed(name, f"No module named {package!r}")
 
 
 def build_loggers(
@@ -59,15 +74,19 @@ def _guarded(name: str, build: Any, config: Any, folder: Path, identities: Ident
     try:
         return build(config, folder, identities)
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"logger.{name}.enabled: got true, but a package for it is not installed ({error}); pip install "
-            f"flash-attn-train[{name}]."
-        ) from error
+        raise _not_installed(name, str(error)) from error
     except Exception as error:  # each library has its own, for keys, networks and names
         raise ConfigError(
             f"logger.{name}: cannot start: {error}. Log in as its documentation says, or set "
             f"logger.{name}.offline=true where it has that, or logger.{name}.enabled=false."
         ) from error
+
+
+def _not_installed(name: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"logger.{name}.enabled: got true, but a package for it is not installed ({why}); pip install "
+        f"flash-attn-train[{name}]."
+    )
 
 
 @rank_zero_only

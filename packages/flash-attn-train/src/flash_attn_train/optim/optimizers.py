@@ -78,7 +78,8 @@ def _(config: AdamW8bitConfig, model: nn.Module, *, fused: bool = True) -> Optim
             "flash-attn-train[bitsandbytes]`, or use optimizer=adamw."
         ) from error
     for parameter in model.parameters():
-        if isinstance(parameter, DTensor) or parameter.device.type != "cuda":
+        # On device "meta" a model is only looked at.
+        if isinstance(parameter, DTensor) or parameter.device.type not in ("cuda", "meta"):
             place = "a sharded model" if isinstance(parameter, DTensor) else f"device {parameter.device}"
             raise ConfigError(
                 f"optimizer: got adamw_8bit for {place}, expected whole parameters on an NVIDIA GPU (one device or "

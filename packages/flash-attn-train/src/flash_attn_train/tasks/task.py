@@ -12,11 +12,11 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from flash_attn_train.configs import TrainConfig
-from flash_attn_train.distributed import clip_gradients, distribute_optimizer, model_options, parallelize
+from flash_attn_train.distributed import clip_gradients, distribute_optimizer
 from flash_attn_train.metrics import build_metrics
-from flash_attn_train.models import DataSizes, build_model
+from flash_attn_train.models import DataSizes
 from flash_attn_train.optim import WarmupPlateau, build_optimizer, build_scheduler
-from flash_attn_train.warm_start import load_warm_start
+from flash_attn_train.tasks.initial_model import initial_model
 
 Batch = dict[str, Any]
 
@@ -67,14 +67,7 @@ class Task(pl.LightningModule):
         # Lightning calls this at the start of every fit and validation, after the processes know each other.
         if hasattr(self, "model"):
             return
-        # So that the weights depend on the seed alone, and are the same on all ranks.
-        with torch.random.fork_rng():
-            torch.manual_seed(self.config.seed)
-            options = model_options(self.config.strategy, self.device_mesh)
-            model = build_model(self.config.model, self.sizes, **options)
-        if self.config.model.warm_start is not None:
-            load_warm_start(model, self.config.model.warm_start, skip=self.config.model.warm_start_skip)
-        self.model = parallelize(model, self.config, self.device_mesh)
+        self.model = initial_model(self.config, self.sizes, self.device_mesh)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self.step(batch).loss
