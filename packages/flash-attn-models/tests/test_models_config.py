@@ -52,6 +52,27 @@ def test_dictionary_round_trip_through_json(config):
     hash(several)
 
 
+def test_windows_by_layer():
+    sizes = {"vocab_size": 8, "max_seqlen": 8, "n_layer": 3, "n_head": 1, "d_model": 4, "window": 2}
+    config = GPTConfig(**sizes, window_layers=[True, False, True])
+    assert config.window_layers == (True, False, True)
+    assert [config.window_of(layer) for layer in range(3)] == [2, None, 2]
+    again = GPTConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and hash(again) == hash(config)
+    upper = GPTConfig(**sizes, window_layers=(False, True, True))
+    assert upper == GPTConfig(**sizes, window_first_layer=1)
+    assert GPTConfig(**sizes, window_layers=(True,) * 3) == GPTConfig(**sizes)
+
+
+def test_scales_by_layer():
+    config = GPTConfig(vocab_size=8, max_seqlen=8, n_layer=3, n_head=1, d_model=4)
+    assert [config.softmax_scale_of(layer) for layer in range(3)] == [None] * 3
+    config = dataclasses.replace(config, softmax_scale_by_layer=True)
+    assert [config.softmax_scale_of(layer) for layer in range(3)] == [1 / 2, 1 / 4, 1 / 6]
+    config = dataclasses.replace(config, softmax_scale=3.0)
+    assert [config.softmax_scale_of(layer) for layer in range(3)] == [3.0, 1.5, 1.0]
+
+
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         GPTConfig(**SMALL).n_layer = 3
@@ -124,13 +145,27 @@ def test_config_is_frozen():
             {"window": 4, "window_first_layer": 2},
             r"GPTConfig.window_first_layer: got 2; expected less than n_layer=2",
         ),
+        ({"window_layers": [True, False]}, r"GPTConfig.window_layers: got .*there is no window"),
+        ({"window": 4, "window_layers": [True]}, r"GPTConfig.window_layers: got .*each of n_layer=2 layers"),
+        (
+            {"window": 4, "window_layers": [1, 0]},
+            r"GPTConfig.window_layers: got .*True or False for each layer",
+        ),
+        ({"window": 4, "window_layers": [False] * 2}, r"GPTConfig.window_layers: .*at least one layer"),
+        (
+            {"window": 4, "window_layers": [True, False], "window_first_layer": 1},
+            r"GPTConfig.window_layers: .*None beside window_first_layer=1",
+        ),
+        (
+            {"position": "alibi", "alibi_scaled": True, "softmax_scale_by_layer": True},
+            r"GPTConfig.softmax_scale_by_layer: got True;.*all layers have the same ALiBi",
+        ),
         ({"softcap": 0.0}, r"GPTConfig.softcap: got 0.0; expected a positive, finite number"),
         ({"softmax_scale": -1.0}, r"GPTConfig.softmax_scale: got -1.0; expected a positive"),
         ({"logit_scale": 0}, r"GPTConfig.logit_scale: got 0; expected a positive"),
         ({"embedding_scale": "2"}, r"GPTConfig.embedding_scale: got '2'; expected a positive"),
         ({"tied_norm": True}, r"GPTConfig.tied_norm: got True;.*parallel_block=False needs two norms"),
         ({"parallel_block": True, "prenorm": False}, r"GPTConfig.parallel_block: got True;.*prenorm=False"),
-        ({"head_bias": True}, r"GPTConfig.head_bias: got True;.*a tied head has no parameters"),
         ({"d_embedding": 64}, r"GPTConfig.d_embedding: got 64; expected another width than d_model"),
         ({"qk_norm": None}, r"GPTConfig.qk_norm: got None; expected True or False"),
         ({"qkv_bias": 1}, r"GPTConfig.qkv_bias: got 1; expected True or False"),

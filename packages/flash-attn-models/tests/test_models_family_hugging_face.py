@@ -67,11 +67,16 @@ YARN = {
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 NEW_FALCON = {"new_decoder_architecture": True, "num_kv_heads": 2}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "num_hidden_layers": 3}
 OLD_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 20}
 
 # Head ratios, biases, odd vocabularies, norms, windows, and kinds of positions.
 MODELS: dict[str, list[dict]] = {
-    "gpt2": [{}, {"tie_word_embeddings": False, "activation_function": "gelu", "vocab_size": 257}],
+    "gpt2": [
+        {},
+        {"tie_word_embeddings": False, "activation_function": "gelu", "vocab_size": 257},
+        {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3},
+    ],
     "llama": [
         {"num_attention_heads": 6, "num_key_value_heads": 2, "rope_parameters": LLAMA3},
         {"num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": YARN, "head_dim": 20},
@@ -87,11 +92,13 @@ MODELS: dict[str, list[dict]] = {
         {},
         {"num_key_value_heads": 1, "tie_word_embeddings": True, "vocab_size": 257},
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "rope_parameters": YARN},
+        {**WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ],
     "qwen3": [
         {},
         {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4, "vocab_size": 257},
         {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0, "head_dim": 8},
+        {**WINDOW, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
     ],
     "gpt_neox": [
         {},  # a quarter of 12 dimensions is odd: see _model
@@ -107,7 +114,11 @@ MODELS: dict[str, list[dict]] = {
             "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5},
         },
     ],
-    "gptj": [{}, {"rotary_dim": 12, "n_inner": 72, "vocab_size": 257, "activation_function": "gelu"}],
+    "gptj": [
+        {},
+        {"rotary_dim": 12, "n_inner": 72, "vocab_size": 257, "activation_function": "gelu"},
+        {"tie_word_embeddings": True},
+    ],
     "opt": [
         {},
         OLD_350M,
@@ -229,7 +240,9 @@ def test_state_dict_round_trip_is_exact_in_both_directions(theirs):
     back = to_hugging_face(model.state_dict(), layout)
     modules = in_module_names(back, layout)
     expected = {
-        n: t for n, t in theirs.state_dict().items() if not (n == "lm_head.weight" and model.lm_head is None)
+        n: t
+        for n, t in theirs.state_dict().items()
+        if not (n == "lm_head.weight" and model.config.tie_embeddings)
     }
     assert modules.keys() == expected.keys()
     assert all(torch.equal(modules[name], tensor) for name, tensor in expected.items())
@@ -399,6 +412,7 @@ def test_configs_of_older_transformers_are_those_of_the_registry(name):
 
 
 _NEW = {"model_type": "falcon", "new_decoder_architecture": True}
+_MIXED = ["sliding_attention", "full_attention"]
 _QWEN = {"model_type": "qwen2", "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 8}
 
 
@@ -419,7 +433,6 @@ _QWEN = {"model_type": "qwen2", "num_hidden_layers": 3, "use_sliding_window": Tr
             {"model_type": "falcon", "apply_residual_connection_post_layernorm": True},
             r"'apply_residual_connection_post_layernorm': got True; expected False",
         ),
-        ({"model_type": "gptj", "tie_word_embeddings": True}, r"'tie_word_embeddings': got True; .*a bias"),
         ({"model_type": "gptj", "rotary_dim": None}, r"'rotary_dim': got None; expected the number"),
         ({"model_type": "opt", "layerdrop": 0.1}, r"'layerdrop': got 0.1; expected 0.0"),
         (
@@ -433,8 +446,20 @@ _QWEN = {"model_type": "qwen2", "num_hidden_layers": 3, "use_sliding_window": Tr
             r"'num_kv_heads': got 2; expected a",
         ),
         (
-            {**_QWEN, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-            r"'layer_types': got .*expected 'full_attention' in lower layers",
+            {**_QWEN, "layer_types": ["sliding_attention", "full_attention", "linear_attention"]},
+            r"'layer_types': got .*expected one of 'full_attention' and.* for each of 3 layers",
+        ),
+        (
+            {**_QWEN, "layer_types": ["sliding_attention"] * 2},
+            r"'layer_types': got .* for each of 3 layers",
+        ),
+        (
+            {**_QWEN, "use_sliding_window": False, "layer_types": ["sliding_attention"] * 3},
+            r"'layer_types': got .*with use_sliding_window",
+        ),
+        (
+            {"model_type": "mistral", "num_hidden_layers": 2, "layer_types": _MIXED},
+            r"'layer_types': got .*expected 'sliding_attention' in all layers, since Mistral",
         ),
         ({**_QWEN, "use_mrope": True}, r"'use_mrope': got True; expected False"),
     ],
@@ -469,6 +494,22 @@ def test_a_window_in_upper_layers_is_read_from_either_field():
     kinds = ["full_attention", "full_attention", "sliding_attention"]
     assert config_from_hugging_face({**_QWEN, "layer_types": kinds}) == config
     assert config_from_hugging_face({**_QWEN, "max_window_layers": 3}).window is None
+
+
+def test_windows_in_any_layers_are_read_and_written():
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = config_from_hugging_face({**_QWEN, "layer_types": kinds})
+    assert [config.window_of(layer) for layer in range(3)] == [8, None, 8]
+    fields = config_to_hugging_face(config)
+    assert (fields["layer_types"], fields["max_window_layers"]) == (kinds, 0)
+    of_mistral = {"model_type": "mistral", "num_hidden_layers": 2}
+    plain = config_from_hugging_face(of_mistral)
+    assert config_from_hugging_face({**of_mistral, "layer_types": ["sliding_attention"] * 2}) == plain
+    full = {**of_mistral, "sliding_window": None, "layer_types": ["full_attention"] * 2}
+    assert config_from_hugging_face(full).window is None
+    mixed = dataclasses.replace(plain, window_layers=(True, False))
+    with pytest.raises(ValueError, match=r"window_layers=\(True, False\).*'mistral' has: window_layers None"):
+        config_to_hugging_face(mixed, "mistral")
 
 
 def test_dynamic_scaling_of_a_longer_context_is_not_in_hugging_face_files():

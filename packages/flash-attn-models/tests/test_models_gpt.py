@@ -80,6 +80,7 @@ def test_bfloat16_logits_obey_the_tolerance_law(config, plain_gpt):
         {"window": 5, "window_first_layer": 1},
         {"softcap": 0.5},
         {"softmax_scale": 1.0},
+        {"softmax_scale_by_layer": True},
         {"qk_norm": True},
         {"prenorm": False},
         {"parallel_block": True},
@@ -125,6 +126,7 @@ def test_alibi_scaled_and_the_first_layer_of_a_window_change_the_logits():
     _assert_logits_differ(alibi, dataclasses.replace(alibi, alibi_scaled=True))
     window = dataclasses.replace(SMALL, window=5)
     _assert_logits_differ(window, dataclasses.replace(window, window_first_layer=1))
+    _assert_logits_differ(window, dataclasses.replace(window, window_layers=(True, False)))
 
 
 def _assert_logits_differ(config, changed):
@@ -197,6 +199,21 @@ def test_tied_head_is_the_embedding():
     assert untied.num_parameters() - tied.num_parameters() == SMALL.vocab_size * SMALL.d_model
     embeddings = (SMALL.vocab_size + SMALL.max_seqlen) * SMALL.d_model
     assert tied.num_parameters() - tied.num_parameters(embeddings=False) == embeddings
+
+
+def test_a_tied_head_may_have_a_bias():
+    config = dataclasses.replace(SMALL, head_bias=True)
+    model, plain = GPTLMHeadModel(config), GPTLMHeadModel(SMALL)
+    assert model.head_weight is model.transformer.embeddings.word_embeddings.weight
+    assert model.state_dict().keys() - plain.state_dict().keys() == {"lm_head.bias"}
+    assert not model.lm_head.bias.any()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        model.lm_head.bias.normal_()
+    input_ids = tokens(config)
+    torch.testing.assert_close(model(input_ids), plain(input_ids) + model.lm_head.bias)
+    model.reset_parameters()
+    assert not model.lm_head.bias.any()
 
 
 def test_num_last_tokens_gives_the_last_logits():

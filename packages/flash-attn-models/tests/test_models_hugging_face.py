@@ -183,10 +183,6 @@ def test_token_ids_outside_the_vocabulary_become_none():
             r"config field 'scale_attn_weights': got False; expected True, because",
         ),
         (
-            {**GPT2, "scale_attn_by_inverse_layer_idx": True},
-            r"config field 'scale_attn_by_inverse_layer_idx': got True",
-        ),
-        (
             {**GPT2, "add_cross_attention": True},
             r"config field 'add_cross_attention': got True; expected False",
         ),

@@ -77,6 +77,23 @@ def test_attention_path_names_path_and_reason():
     assert "cpu" in str(explanation)
 
 
+def test_attention_path_is_about_all_layers_or_one(monkeypatch):
+    sizes = {"vocab_size": 8, "max_seqlen": 64, "n_layer": 3, "n_head": 4, "d_model": 64, "window": 4}
+    config = GPTConfig(**sizes, window_layers=(True, False, False))
+    asked = {"seqlen": 64, "device": "cpu", "dtype": torch.float32}
+
+    def explain(*args, window_size, **options):  # as if windows took a slower path
+        slow = window_size != (-1, -1)
+        return attention.Explanation("sm80" if slow else "sm90", {"sm90": ("a window",)} if slow else {})
+
+    monkeypatch.setattr(attention, "explain", explain)
+    assert attention.attention_path(config, **asked).path == "sm80"
+    paths = [attention.attention_path(config, **asked, layer=layer).path for layer in range(3)]
+    assert paths == ["sm80", "sm90", "sm90"]
+    with pytest.raises(ValueError, match=r"layer: got 3; expected a layer of n_layer=3"):
+        attention.attention_path(config, **asked, layer=3)
+
+
 def test_loss_and_attention_are_passed_on():
     logits, labels = torch.randn(5, 7), torch.tensor([0, 6, -100, 3, 2])
     expected = torch.nn.functional.cross_entropy(logits, labels)

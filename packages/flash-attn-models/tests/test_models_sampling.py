@@ -15,6 +15,7 @@ from flash_attn_models.generation import (
     sample,
     scale_by_temperature,
 )
+from flash_attn_models.generation.sampling import most_likely
 
 SHAPES = [(7,), (5, 11), (2, 3, 17)]
 
@@ -160,3 +161,24 @@ def test_generator_decides():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         sample(torch.zeros(2, 5), **options)
+
+
+# A multiple of few, many and no chunks; too small for two steps.
+VOCABULARIES = [151936, 128256, 32768, 50257, 32001, 4096]
+
+
+@pytest.mark.parametrize("size", VOCABULARIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_most_likely_token_is_the_first_of_the_highest(size, dtype):
+    scores = torch.randn(2, 3, size).to(dtype)  # in 16 bits the highest occurs several times
+    assert torch.equal(most_likely(scores), scores.argmax(-1))
+    assert torch.equal(most_likely(scores[:, -1]), scores[:, -1].argmax(-1))
+    ties = torch.randint(3, (4, size)).to(dtype)
+    for row, first in zip(ties, (0, size // 2, size - 2, 1), strict=True):
+        row[first:] = torch.where(row[first:] == 2, 3, row[first:])
+        row[[first, size - 1]] = 3
+        row[:first] = -torch.inf
+    assert most_likely(ties).tolist() == [0, size // 2, size - 2, 1]
+    excluded = torch.full((2, size), -torch.inf, dtype=dtype)
+    excluded[1, size - 1] = torch.finfo(dtype).min
+    assert most_likely(excluded).tolist() == [0, size - 1]

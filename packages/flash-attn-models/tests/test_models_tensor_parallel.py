@@ -16,7 +16,7 @@ from flash_attn_models.tensor_parallel import (
     reduce_gradients,
     shard_state_dict,
 )
-from flash_attn_models.tensor_parallel.heads import HeadPartition, QueryPartition
+from flash_attn_models.tensor_parallel.heads import HeadPartition, KeyValuePartition, QueryPartition
 from flash_attn_models.tensor_parallel.initial import count_parameters
 from flash_attn_models.tensor_parallel.spread import spread_model
 from flash_attn_models.vit import ViTForImageClassification, ViTModel
@@ -72,6 +72,7 @@ def test_options_shard_and_combine(n_head_kv: int, ranks: int) -> None:
     config = GPTConfig(**sizes, **heads, **head)
     check_round_trip(GPTLMHeadModel, config, ranks)
     check_round_trip(GPTModel, config, ranks)
+    check_round_trip(GPTLMHeadModel, GPTConfig(**sizes, head_bias=True), ranks)
 
 
 @RANKS
@@ -119,11 +120,16 @@ def test_heads_of_ranks(n_head: int, n_head_kv: int, ranks: int) -> None:
             assert head // ratio == kv[(head - own.start) // (len(own) // len(kv))]
         assert partition.local_size(rank) == 4 * (len(own) + 2 * len(kv))
         assert QueryPartition.of_heads(partition, 1).ranges(rank) == [own]
-    whole = torch.arange(partition.size)
-    shards = [partition.shard(whole, rank) for rank in range(ranks)]
-    assert torch.equal(partition.combine(shards), whole)
-    with pytest.raises(ValueError, match="shards: got sizes"):
-        partition.combine(shards[:-1])
+    keys_values = KeyValuePartition.of_heads(partition)
+    assert [keys_values.local_size(rank) for rank in range(ranks)] == [
+        8 * len(partition.heads(rank)[1]) for rank in range(ranks)
+    ]
+    for cut in (partition, keys_values):
+        whole = torch.arange(cut.size)
+        shards = [cut.shard(whole, rank) for rank in range(ranks)]
+        assert torch.equal(cut.combine(shards), whole)
+        with pytest.raises(ValueError, match="shards: got sizes"):
+            cut.combine(shards[:-1])
 
 
 @pytest.mark.parametrize(

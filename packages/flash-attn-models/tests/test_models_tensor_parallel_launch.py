@@ -16,8 +16,10 @@ TESTS = Path(__file__).parent
 # Everything on two ranks. On three, heads and vocabulary are uneven; on four, ranks share key/value heads.
 SELECTION = {
     2: "",
-    3: "test_decoder and (gpt2 or tinyllama) or generation and gpt2 or bert_masked_lm or vit or bad_input",
-    4: "test_decoder and (tinyllama or falcon) or generation and tinyllama or shared_conv or pretraining and 7",
+    3: "test_decoder and (gpt2 or tinyllama) or generation and gpt2 or bert_masked_lm or vit or bad_input"
+    " or test_cross_attention",
+    4: "test_decoder and (tinyllama or falcon) or generation and tinyllama or shared_conv or pretraining and 7"
+    " or test_cross_attention",
 }
 
 

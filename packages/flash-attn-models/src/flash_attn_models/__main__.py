@@ -65,6 +65,7 @@ def small_config(config: GPTConfig) -> GPTConfig:
         rotary_scaling=None,
         window=None if config.window is None else 16,
         window_first_layer=0,
+        window_layers=None,
         softmax_scale=None,
         d_embedding=None if config.d_embedding is None else 48,
         bos_token_id=None,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn_models.generation.sampling import draw_from
+from flash_attn_models.generation.sampling import draw_from, most_likely
 
 
 class Draft(NamedTuple):
@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
 def accept_greedy(scores: Tensor, draft: Draft) -> Verdict:
     """Accept what the model would have chosen itself: the most likely token under scores (B,K+1,V), of which
     ``scores[:, i]`` are those after i drafted tokens."""
-    best = scores.argmax(dim=-1)
+    best = most_likely(scores)
     accepted = _leading(best[:, :-1] == draft.tokens, draft.counts)
     return Verdict(accepted, best.gather(1, accepted[:, None])[:, 0])
 

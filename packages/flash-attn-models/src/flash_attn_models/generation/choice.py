@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_models.errors import bad_argument
-from flash_attn_models.generation.sampling import draw, filter_logits, penalize_repetition
+from flash_attn_models.generation.sampling import draw, filter_logits, most_likely, penalize_repetition
 
 
 @dataclass(frozen=True)
@@ -82,4 +82,4 @@ class Choice:
 
     def pick(self, scores: Tensor) -> Tensor:
         """scores (..., V) -> tokens (...), int64."""
-        return draw(scores, self.generator) if self.do_sample else scores.argmax(dim=-1)
+        return draw(scores, self.generator) if self.do_sample else most_likely(scores)

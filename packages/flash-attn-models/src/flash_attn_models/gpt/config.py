@@ -63,7 +63,10 @@ class GPTConfig:
     Attention:
         window: each token sees this many last ones, itself among them; None is all of them.
         window_first_layer: layers before this one have no window.
+        window_layers: for each layer, whether it has the window, in place of ``window_first_layer`` and for what that
+            cannot say; what it can is kept as that, and ``window_layers`` is None then.
         softmax_scale: factor of the scores; None is 1 / sqrt(head width).
+        softmax_scale_by_layer: the factor is divided by the number of the layer, 1 for the first.
         softcap: scores become ``softcap * tanh(score / softcap)``; None is off.
         sinks: each head has one more logit in its softmax, a parameter, without a value (as in GPT-OSS).
         conv_width: width of a causal depthwise convolution over queries, keys and values (3 in Primer); None is none.
@@ -104,7 +107,9 @@ class GPTConfig:
     alibi_scaled: bool = False
     window: int | None = None
     window_first_layer: int = 0
+    window_layers: tuple[bool, ...] | None = None
     softmax_scale: float | None = None
+    softmax_scale_by_layer: bool = False
     softcap: float | None = None
     sinks: bool = False
     conv_width: int | None = None
@@ -165,7 +170,17 @@ class GPTConfig:
 
     def window_of(self, layer: int) -> int | None:
         """How many last tokens a token sees in this layer; None is all."""
-        return self.window if layer >= self.window_first_layer else None
+        has_window = (
+            layer >= self.window_first_layer if self.window_layers is None else self.window_layers[layer]
+        )
+        return self.window if has_window else None
+
+    def softmax_scale_of(self, layer: int) -> float | None:
+        """The factor of the scores in this layer; None is 1 / sqrt(head width)."""
+        if not self.softmax_scale_by_layer:
+            return self.softmax_scale
+        scale = self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+        return scale / (layer + 1)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -190,6 +205,7 @@ class GPTConfig:
         self._check_heads()
         self._check_rotary()
         self._check_effects()
+        self._check_window_layers()
         self._check_probability("dropout")
         self._check_probability("attn_dropout")
         if self.embedding_dropout is not None:
@@ -282,14 +298,15 @@ class GPTConfig:
                 f"position={self.position!r} has no ALiBi",
             ),
             "window_first_layer": ("a window", self.window is not None, "there is no window"),
+            "window_layers": ("a window", self.window is not None, "there is no window"),
+            "softmax_scale_by_layer": (
+                "alibi_scaled=False",
+                not self.alibi_scaled,
+                "all layers have the same ALiBi, scaled by the same factor",
+            ),
             "tied_norm": ("parallel_block=True", self.parallel_block, "parallel_block=False needs two norms"),
             "parallel_block": ("prenorm=True", self.prenorm, "prenorm=False norms after each branch"),
             "residual_in_fp32": ("prenorm=True", self.prenorm, "prenorm=False normalises the stream itself"),
-            "head_bias": (
-                "tie_embeddings=False",
-                not self.tie_embeddings,
-                "a tied head has no parameters of its own",
-            ),
         }
         for name, (needs, has, why) in required.items():
             default = _DEFAULTS[name]
@@ -307,6 +324,41 @@ class GPTConfig:
             raise self._reject("conv_width", "at least 2 tokens", "leave conv_width out for no convolution")
         if self.d_embedding == self.d_model:
             raise self._reject("d_embedding", "another width than d_model", "leave d_embedding out")
+
+    def _check_window_layers(self) -> None:
+        layers = self.window_layers
+        if layers is None:
+            return
+        if isinstance(layers, list):  # from JSON and configuration files
+            layers = tuple(layers)
+        if not isinstance(layers, tuple) or not all(isinstance(has_window, bool) for has_window in layers):
+            raise self._reject(
+                "window_layers", "True or False for each layer, or None", "give a list of these"
+            )
+        if len(layers) != self.n_layer:
+            raise self._reject(
+                "window_layers",
+                f"one value for each of n_layer={self.n_layer} layers",
+                "change window_layers or n_layer",
+            )
+        if not any(layers):
+            raise self._reject(
+                "window_layers",
+                "True for at least one layer",
+                "leave window and window_layers out for full attention in all layers",
+            )
+        if self.window_first_layer:
+            raise self._reject(
+                "window_layers",
+                f"None beside window_first_layer={self.window_first_layer}, which says the same otherwise",
+                "leave one of them out",
+            )
+        # One way to say one thing, so that configs of the same model are equal.
+        first = layers.index(True)
+        if all(layers[first:]):
+            object.__setattr__(self, "window_first_layer", first)
+            layers = None
+        object.__setattr__(self, "window_layers", layers)
 
     def _check_probability(self, name: str) -> None:
         value = getattr(self, name)
@@ -339,6 +391,8 @@ class GPTConfig:
         fields = dataclasses.asdict(self)
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
+        if self.window_layers is not None:
+            fields["window_layers"] = list(self.window_layers)
         if self.rotary_scaling is not None:
             fields["rotary_scaling"] = self.rotary_scaling.to_dict()
         return fields

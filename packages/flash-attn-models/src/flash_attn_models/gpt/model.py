@@ -34,6 +34,7 @@ from flash_attn_models.layers.block import add_norm
 from flash_attn_models.layers.depthwise_conv import CausalDepthwiseConv
 from flash_attn_models.layers.kv_cache import Cache
 from flash_attn_models.layers.packed import Documents
+from flash_attn_models.layers.vocabulary_bias import VocabularyBias
 from flash_attn_models.tensor_parallel.initial import count_parameters, draw_weights
 from flash_attn_models.tensor_parallel.plan import TensorParallel
 
@@ -195,14 +196,14 @@ class GPTLMHeadModel(nn.Module):
             if config.d_embedding is None
             else nn.Linear(config.d_model, config.d_embedding, bias=False, **factory)
         )
-        # A tied head has no parameter of its own: it reads the embedding's.
-        self.lm_head = (
-            None
-            if config.tie_embeddings
-            else self.parallel.column(
+        # A tied head has no weight of its own: it reads the embedding's.
+        self.lm_head: nn.Module | None = None
+        if not config.tie_embeddings:
+            self.lm_head = self.parallel.column(
                 config.embedding_dim, config.vocab_size, bias=config.head_bias, **factory
             )
-        )
+        elif config.head_bias:
+            self.lm_head = VocabularyBias(config.vocab_size, parallel=self.parallel, **factory)
         self.parallel.mark(self.project_out)
         self.reset_parameters()
 
@@ -299,12 +300,17 @@ class GPTLMHeadModel(nn.Module):
         if self.project_out is not None:
             hidden = self.project_out(hidden)
         weight = F.normalize(self.head_weight, dim=-1) if self.config.normalize_head else self.head_weight
-        return hidden, weight, None if self.lm_head is None else self.lm_head.bias
+        bias = None if self.lm_head is None else self.lm_head.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return hidden, weight, bias
 
     @property
     def head_weight(self) -> Tensor:
         """The output projection (vocab_size, embedding_dim), tied or not; of a rank, its part of the vocabulary."""
-        head = self.transformer.embeddings.word_embeddings if self.lm_head is None else self.lm_head
+        head = self.lm_head
+        if head is None or isinstance(head, VocabularyBias):
+            head = self.transformer.embeddings.word_embeddings
+        assert isinstance(head.weight, Tensor)
         return head.weight
 
     @property
@@ -328,7 +334,7 @@ class GPTLMHeadModel(nn.Module):
         std = self.config.initializer_range
         for module in self.modules():
             draw_weights(module, std)
-            if isinstance(module, (LayerNorm, RMSNorm, CausalDepthwiseConv)):
+            if isinstance(module, (LayerNorm, RMSNorm, CausalDepthwiseConv, VocabularyBias)):
                 module.reset_parameters()
             if isinstance(module, CausalSelfAttention) and module.sinks is not None:
                 nn.init.zeros_(module.sinks)
@@ -397,7 +403,7 @@ def _block(
         rotary=positions.rotary,
         alibi=positions.alibi,
         window=config.window_of(layer),
-        softmax_scale=config.softmax_scale,
+        softmax_scale=config.softmax_scale_of(layer),
         softcap=0.0 if config.softcap is None else config.softcap,
         q_norm=_norm(config, factory, config.head_dim) if config.qk_norm else None,
         k_norm=_norm(config, factory, config.head_dim) if config.qk_norm else None,

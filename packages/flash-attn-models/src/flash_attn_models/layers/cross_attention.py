@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from flash_attn_ops.attention import flash_attn_func, flash_attn_varlen_func
+from flash_attn_ops.distributed import Partition
 from flash_attn_ops.rotary import RotaryEmbedding, apply_rotary_emb
 from torch import Tensor, nn
 
 from flash_attn_models.errors import bad_argument
+from flash_attn_models.tensor_parallel.heads import QueryPartition
+from flash_attn_models.tensor_parallel.plan import SINGLE_PROCESS, TensorParallel
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class ProjectedContext:
     """Keys and values of a context, computed once and attended to by many calls, as in generation.
 
     Attributes:
-        k, v: (B,C,Hk,D), or (U,Hk,D) of packed contexts. Keys are rotated, if the layer does that.
+        k, v: (B,C,Hk,D), or (U,Hk,D) of packed contexts; of a rank, its own heads. Keys are rotated, if the layer does
+            that.
         key_padding_mask: bool (B,C), True is a real token; None: all are.
         cu_seqlens: of packed contexts, int32 (B+1,).
         max_seqlen: of packed contexts, the longest, if known.
@@ -52,6 +56,9 @@ class CrossAttention(nn.Module):
         softmax_scale: factor of the scores; None is 1 / sqrt(D).
         sinks: each head has one more logit in its softmax, a parameter, without a value. Zero at first.
         dropout: of the attention probabilities, in training.
+        parallel: the ranks over which heads are cut; a single process by default. A rank has whole groups of queries
+            with their key/value head; if there are fewer of these than ranks, several ranks hold the same one. Where
+            ranks share the tokens in training, x is cut as in ``CausalSelfAttention``, and the context is not.
 
     Parameters: ``Wq`` (H D rows), ``Wkv`` with rows [k (Hk D) | v (Hk D)], ``out_proj``, and ``sinks`` (H,).
     """
@@ -73,20 +80,23 @@ class CrossAttention(nn.Module):
         softmax_scale: float | None = None,
         sinks: bool = False,
         dropout: float = 0.0,
+        parallel: TensorParallel = SINGLE_PROCESS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.n_head = n_head
-        self.n_head_kv = n_head if n_head_kv is None else n_head_kv
-        if n_head % self.n_head_kv != 0:
+        heads_kv = n_head if n_head_kv is None else n_head_kv
+        if n_head % heads_kv != 0:
             raise bad_argument("n_head_kv", n_head_kv, f"a divisor of n_head={n_head}", "change one of them")
         if d_head is None and d_model % n_head != 0:
             raise bad_argument(
                 "d_model", d_model, f"a multiple of n_head={n_head}", "change one of them, or give d_head"
             )
+        self.parallel = parallel
         self.d_head = d_model // n_head if d_head is None else d_head
+        self.partition = parallel.heads(n_head, heads_kv, self.d_head)
+        self.n_head, self.n_head_kv = map(len, self.partition.heads(parallel.group.rank))  # of this rank
         self.d_context = d_model if d_context is None else d_context
         self.rotary = rotary
         self.causal = causal
@@ -94,10 +104,10 @@ class CrossAttention(nn.Module):
         self.softcap = softcap
         self.softmax_scale = softmax_scale
         self.dropout = dropout
-        self.Wq = nn.Linear(d_model, n_head * self.d_head, bias=qkv_bias, **factory)
-        self.Wkv = nn.Linear(self.d_context, 2 * self.n_head_kv * self.d_head, bias=qkv_bias, **factory)
-        self.out_proj = nn.Linear(n_head * self.d_head, d_model, bias=out_bias, **factory)
-        self.sinks = nn.Parameter(torch.zeros(n_head, **factory)) if sinks else None
+        self.Wq = parallel.queries(d_model, self.partition, bias=qkv_bias, **factory)
+        self.Wkv = parallel.keys_values(self.d_context, self.partition, bias=qkv_bias, **factory)
+        self.out_proj = parallel.heads_out(d_model, self.partition, bias=out_bias, **factory)
+        self.sinks = nn.Parameter(torch.zeros(self.n_head, **factory)) if sinks else None
 
     def forward(
         self,
@@ -114,7 +124,8 @@ class CrossAttention(nn.Module):
         """x to a tensor of its shape.
 
         Args:
-            x: (B,S,d_model); packed (T,d_model) with ``cu_seqlens``.
+            x: (B,S,d_model); packed (T,d_model) with ``cu_seqlens``. Where ranks share the tokens in training, this
+                rank's part of the first dimension of (S,B,d_model), or of the packed tokens.
             context: (B,C,d_context); packed (U,d_context) with ``cu_seqlens_context``; or what ``project`` made of it,
                 which only layers without ``causal`` and ``window_size`` take: what these hide depends on S, and so a
                 sequence in pieces would see other things than in one.
@@ -147,7 +158,11 @@ class CrossAttention(nn.Module):
             raise bad_argument(
                 "cu_seqlens", f"a packed {packed} and a padded {other}", "both packed or neither", "pack both"
             )
+        # Where ranks share the tokens, positions come first.
+        positions_first = cu_seqlens is None and self.parallel.cuts_tokens(self.training)
         q = self.Wq(x).unflatten(-1, (self.n_head, self.d_head))
+        if positions_first:
+            q = q.transpose(0, 1)
         q = self._rotate(q, offset, cu_seqlens, max_seqlen, of_keys=False)
         options: dict[str, Any] = {
             "dropout_p": self.dropout if self.training else 0.0,
@@ -158,12 +173,18 @@ class CrossAttention(nn.Module):
             "learnable_sink": self.sinks,
         }
         k, v = context.k, context.v
-        if cu_seqlens is None or context.cu_seqlens is None:
-            out = flash_attn_func(q, k, v, key_padding_mask=context.key_padding_mask, **options)
-        else:
-            longest = (max_seqlen, context.max_seqlen)
-            out = flash_attn_varlen_func(q, k, v, cu_seqlens, context.cu_seqlens, *longest, **options)
-        return self.out_proj(out.flatten(-2))
+        with self.parallel.randomness_of_heads(options["dropout_p"] > 0.0):
+            if cu_seqlens is None or context.cu_seqlens is None:
+                out = flash_attn_func(q, k, v, key_padding_mask=context.key_padding_mask, **options)
+            else:
+                longest = (max_seqlen, context.max_seqlen)
+                out = flash_attn_varlen_func(q, k, v, cu_seqlens, context.cu_seqlens, *longest, **options)
+        out = out.flatten(-2)
+        return self.out_proj(out.transpose(0, 1) if positions_first else out)
+
+    def partitions(self) -> dict[str, tuple[Partition, int]]:
+        """How the sinks, the layer's only parameter of its own, are cut: name, partition, dimension."""
+        return {} if self.sinks is None else {"sinks": (QueryPartition.of_heads(self.partition, 1), 0)}
 
     def project(
         self,

@@ -1,4 +1,4 @@
-"""Attention heads over ranks: who computes which, and the packed projection of queries, keys and values."""
+"""Attention heads over ranks: who computes which, and the projections to and from them."""
 
 from __future__ import annotations
 
@@ -84,21 +84,7 @@ class HeadPartition(Partition):
 
     def combine(self, shards: Sequence[Tensor], dim: int = 0) -> Tensor:
         """The inverse of ``shard``. Of rows that several ranks hold, the last one's are taken."""
-        sizes = tuple(shard.shape[dim] for shard in shards)
-        if sizes != self.sizes():
-            raise bad_argument(
-                "shards",
-                f"sizes {list(sizes)} in dimension {dim}",
-                f"{list(self.sizes())}, one for each rank",
-                "pass the shards of all ranks in order",
-            )
-        shape = list(shards[0].shape)
-        shape[dim] = self.size
-        whole = shards[0].new_empty(shape)
-        for rank, shard in enumerate(shards):
-            for rows, part in zip(self.ranges(rank), shard.split(self.parts(rank), dim), strict=True):
-                whole.narrow(dim, rows.start, len(rows)).copy_(part)
-        return whole
+        return _combined(self, shards, dim)
 
 
 @dataclass(frozen=True)
@@ -119,24 +105,47 @@ class QueryPartition(Partition):
         return tuple(len(values) for values in self.ranges(rank))
 
 
+@dataclass(frozen=True)
+class KeyValuePartition(Partition):
+    """How the rows [k (Hk D) | v (Hk D)] are cut over ranks: as those of the heads. Make it with ``of_heads``."""
+
+    heads: HeadPartition
+
+    @classmethod
+    def of_heads(cls, heads: HeadPartition) -> KeyValuePartition:
+        return cls(heads.blocks[1:], heads.multiples[1:], heads.world_size, heads)
+
+    def ranges(self, rank: int) -> list[range]:
+        queries = self.heads.blocks[0]
+        return [range(rows.start - queries, rows.stop - queries) for rows in self.heads.ranges(rank)[1:]]
+
+    def parts(self, rank: int) -> tuple[int, ...]:
+        return tuple(len(rows) for rows in self.ranges(rank))
+
+    def combine(self, shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+        """As that of ``HeadPartition``."""
+        return _combined(self, shards, dim)
+
+
 class HeadColumnLinear(ColumnLinear):
-    """The packed projection of queries, keys and values, cut as a ``HeadPartition`` says.
+    """A projection to heads: the packed one of queries, keys and values, that of queries alone, or that of keys and
+    values.
 
     Args:
         in_features: of the input.
-        partition: of the outputs.
+        partition: of the outputs, which says what they are.
         group: the ranks.
         bias: whether there is one.
         sequence_parallel: in training, the input is cut along dimension 0.
         device, dtype: of the parameters ``weight`` (local outputs, in_features) and ``bias`` (local outputs,).
     """
 
-    partition: HeadPartition
+    partition: HeadPartition | QueryPartition | KeyValuePartition
 
     def __init__(
         self,
         in_features: int,
-        partition: HeadPartition,
+        partition: HeadPartition | QueryPartition | KeyValuePartition,
         group: Group,
         *,
         bias: bool,
@@ -165,7 +174,7 @@ class HeadColumnLinear(ColumnLinear):
         return summed_over_sharers(self.weight, self.partition, self.group), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (tokens, ..., in_features) -> (all tokens, ..., this rank's [q | k | v])."""
+        """x (tokens, ..., in_features) -> (all tokens, ..., this rank's outputs, such as [q | k | v])."""
         weight, bias = self.summed_parameters
         return column_parallel_linear(x, weight, bias, self.group, sequence_parallel=self.cuts_tokens)
 
@@ -206,34 +215,57 @@ class HeadRowLinear(RowLinear):
         self.reset_parameters()
 
 
-def summed_over_sharers(rows: Tensor, partition: HeadPartition, group: Group) -> Tensor:
-    """This rank's rows [q | k | v] of a parameter; gradients of those that several ranks hold are added up over these
-    ranks."""
-    if not partition.is_shared or not torch.is_grad_enabled():
+def summed_over_sharers(
+    rows: Tensor, partition: HeadPartition | QueryPartition | KeyValuePartition, group: Group
+) -> Tensor:
+    """This rank's rows of a parameter, as a partition says; gradients of those that several ranks hold, of keys and
+    values, are added up over these ranks."""
+    heads = partition if isinstance(partition, HeadPartition) else partition.heads
+    if isinstance(partition, QueryPartition) or not heads.is_shared or not torch.is_grad_enabled():
         return rows
-    return _SumOfSharers.apply(rows, partition, group)
+    queries = partition.parts(group.rank)[0] if isinstance(partition, HeadPartition) else 0
+    return _SumOfSharers.apply(rows, heads, queries, group)
 
 
 class _SumOfSharers(torch.autograd.Function):
-    """The identity, where backward adds up what the ranks that hold a key/value head have for its rows."""
+    """The identity, where backward adds up what the ranks that hold a key/value head have for its rows, which are those
+    behind so many of queries."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, partition: HeadPartition, group: Group) -> Tensor:
-        ctx.partition, ctx.group = partition, group
+    def forward(ctx: Any, rows: Tensor, partition: HeadPartition, queries: int, group: Group) -> Tensor:
+        ctx.partition, ctx.queries, ctx.group = partition, queries, group
         return rows.view_as(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        partition, group = ctx.partition, ctx.group
-        queries = partition.parts(group.rank)[0]
+        partition, queries, group = ctx.partition, ctx.queries, ctx.group
         own = gradient[queries:]
         # A slot for each key/value head, so that one reduction over all ranks serves without groups of sharers.
         slots = own.new_zeros(partition.n_head_kv, *own.shape)
         head = partition.heads(group.rank)[1].start
         slots[head] = own
         summed = all_reduce_async(slots, group, inplace=True).wait()
-        return torch.cat([gradient[:queries], summed[head]]), None, None
+        return torch.cat([gradient[:queries], summed[head]]), None, None, None
+
+
+def _combined(partition: Partition, shards: Sequence[Tensor], dim: int) -> Tensor:
+    """The whole of what ranks hold, where several may hold the same."""
+    sizes = tuple(shard.shape[dim] for shard in shards)
+    if sizes != partition.sizes():
+        raise bad_argument(
+            "shards",
+            f"sizes {list(sizes)} in dimension {dim}",
+            f"{list(partition.sizes())}, one for each rank",
+            "pass the shards of all ranks in order",
+        )
+    shape = list(shards[0].shape)
+    shape[dim] = partition.size
+    whole = shards[0].new_empty(shape)
+    for rank, shard in enumerate(shards):
+        for rows, part in zip(partition.ranges(rank), shard.split(partition.parts(rank), dim), strict=True):
+            whole.narrow(dim, rows.start, len(rows)).copy_(part)
+    return whole
 
 
 def _part(count: int, world_size: int, rank: int) -> tuple[int, int]:

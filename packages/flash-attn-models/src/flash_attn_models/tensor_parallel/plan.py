@@ -29,7 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flash_attn_models.errors import bad_argument
-from flash_attn_models.tensor_parallel.heads import HeadColumnLinear, HeadPartition, HeadRowLinear
+from flash_attn_models.tensor_parallel.heads import (
+    HeadColumnLinear,
+    HeadPartition,
+    HeadRowLinear,
+    KeyValuePartition,
+    QueryPartition,
+)
 from flash_attn_models.tensor_parallel.layers import ColumnLinear, ParallelMLP, RowLinear, VocabularyEmbedding
 
 if TYPE_CHECKING:
@@ -145,6 +151,26 @@ class TensorParallel:
         return HeadColumnLinear(
             *(d_model, heads, self.group), bias=bias, sequence_parallel=self.sequence_parallel, **factory
         )
+
+    def queries(
+        self, d_model: int, heads: HeadPartition, *, bias: bool, **factory: Any
+    ) -> nn.Linear | HeadColumnLinear:
+        """The projection of queries alone, where keys and values are of something else."""
+        if not self.is_parallel:
+            return nn.Linear(d_model, heads.blocks[0], bias=bias, **factory)
+        rows = QueryPartition.of_heads(heads, heads.d_head)
+        return HeadColumnLinear(
+            *(d_model, rows, self.group), bias=bias, sequence_parallel=self.sequence_parallel, **factory
+        )
+
+    def keys_values(
+        self, d_context: int, heads: HeadPartition, *, bias: bool, **factory: Any
+    ) -> nn.Linear | HeadColumnLinear:
+        """The packed projection of the keys and values of a context, all of which every rank has."""
+        if not self.is_parallel:
+            return nn.Linear(d_context, 2 * heads.blocks[1], bias=bias, **factory)
+        rows = KeyValuePartition.of_heads(heads)
+        return HeadColumnLinear(*(d_context, rows, self.group), bias=bias, sequence_parallel=False, **factory)
 
     def heads_out(
         self, d_model: int, heads: HeadPartition, *, bias: bool, **factory: Any

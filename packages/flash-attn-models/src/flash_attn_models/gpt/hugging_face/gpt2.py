@@ -29,6 +29,7 @@ _DEFAULTS: dict[str, Any] = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
+    "scale_attn_by_inverse_layer_idx": False,
     "resid_pdrop": 0.1,
     "embd_pdrop": 0.1,
     "attn_pdrop": 0.1,
@@ -46,6 +47,7 @@ _FIELDS = {
     "n_inner": "d_inner",
     "layer_norm_epsilon": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
+    "scale_attn_by_inverse_layer_idx": "softmax_scale_by_layer",
     "resid_pdrop": "dropout",
     "embd_pdrop": "embedding_dropout",
     "attn_pdrop": "attn_dropout",
@@ -53,7 +55,6 @@ _FIELDS = {
 }
 _REQUIRED = {
     "scale_attn_weights": (True, "attention scores are always divided by sqrt(head dimension)"),
-    "scale_attn_by_inverse_layer_idx": (False, "the scale of attention is the same in all layers"),
     "add_cross_attention": (False, "this is a decoder without an encoder"),
 }
 # n_ctx repeats n_positions; reorder_and_upcast_attn asks for the fp32 softmax that our attention always has;
@@ -102,7 +103,7 @@ def obstacles(config: GPTConfig) -> dict[str, str]:
     return find_obstacles(
         config,
         fixed={},
-        free={"activation", "tie_embeddings"},
+        free={"activation", "tie_embeddings", "softmax_scale_by_layer"},
         checks={"activation": (config.activation in PLAIN_ACTIVATIONS, activations)},
     )
 

@@ -35,6 +35,7 @@ _DEFAULTS: dict[str, Any] = {
     "rotary_dim": 64,
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": False,
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
@@ -52,6 +53,7 @@ _FIELDS = {
     "n_inner": "d_inner",
     "rotary_dim": "rotary_dim",
     "layer_norm_epsilon": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
     "resid_pdrop": "dropout",
     "embd_pdrop": "embedding_dropout",
     "attn_pdrop": "attn_dropout",
@@ -64,11 +66,9 @@ _FIXED: dict[str, Any] = {
     "tied_norm": True,
     "qkv_bias": False,
     "out_bias": False,
-    "tie_embeddings": False,
     "head_bias": True,
 }
 _REQUIRED = {
-    "tie_word_embeddings": (False, "the head has a bias and so parameters of its own"),
     "rotary": (True, "positions are rotary"),
     "scale_attn_weights": (True, "attention scores are always divided by sqrt(head dimension)"),
 }
@@ -111,7 +111,6 @@ def config_to(config: GPTConfig) -> dict[str, Any]:
         "rotary_dim": config.num_rotary_dims,
         "embd_pdrop": config.dropout if config.embedding_dropout is None else config.embedding_dropout,
         "activation_function": PLAIN_ACTIVATIONS[config.activation],
-        "tie_word_embeddings": False,
     }
 
 
@@ -121,7 +120,7 @@ def obstacles(config: GPTConfig) -> dict[str, str]:
     return find_obstacles(
         config,
         fixed=_FIXED,
-        free={"activation", "rotary_dim"},
+        free={"activation", "rotary_dim", "tie_embeddings"},
         checks={"activation": (config.activation in PLAIN_ACTIVATIONS, activations)},
     )
 

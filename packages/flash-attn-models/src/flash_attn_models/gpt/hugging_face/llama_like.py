@@ -142,7 +142,10 @@ class LlamaLike:
             fields["sliding_window"] = config.window
         if "use_sliding_window" in self.defaults:
             fields["use_sliding_window"] = config.window is not None
-            fields["max_window_layers"] = config.window_first_layer if config.window else config.n_layer
+            kinds = [config.window_of(layer) is not None for layer in range(config.n_layer)]
+            fields["max_window_layers"] = kinds.index(True) if any(kinds) else config.n_layer
+            if config.window_layers is not None:
+                fields["layer_types"] = [_SLIDING if has_window else _FULL for has_window in kinds]
         return fields
 
     def obstacles(self, config: GPTConfig) -> dict[str, str]:
@@ -160,7 +163,7 @@ class LlamaLike:
         if "sliding_window" in self.defaults:
             free.add("window")
         if "use_sliding_window" in self.defaults:
-            free.add("window_first_layer")
+            free |= {"window_first_layer", "window_layers"}
         return find_obstacles(config, fixed=self.fixed, free=free, checks=checks)
 
     def layout(self, config: GPTConfig) -> Layout:
@@ -195,24 +198,43 @@ class LlamaLike:
         return {theirs: ours for theirs, ours in _FIELDS.items() if theirs in self.defaults}
 
     def _window_from(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The window, and the first layer that has it: all in Mistral, the upper ones in Qwen."""
+        """The window, and the layers that have it: all in Mistral; in Qwen those that ``layer_types`` names, or the
+        upper ones."""
         if "sliding_window" not in self.defaults:
             return {}
+        n_layer, window, kinds = (
+            values[name] for name in ("num_hidden_layers", "sliding_window", "layer_types")
+        )
         if "use_sliding_window" not in self.defaults:
-            return {"window": values["sliding_window"]}
-        n_layer, first = values["num_hidden_layers"], values["max_window_layers"]
-        window = values["sliding_window"] if values["use_sliding_window"] else None
-        layers = values["layer_types"]
-        if layers is not None:
-            first = layers.count(_FULL)
-            expected = [_FULL] * first + [_SLIDING] * (n_layer - first)
-            if layers != expected or (window is None and _SLIDING in layers):
+            # transformers does not read layer_types here, but says that another class does.
+            only = _FULL if window is None else _SLIDING
+            if kinds is not None and kinds != [only] * n_layer:
                 raise unsupported(
-                    "layer_types",
-                    layers,
-                    f"{_FULL!r} in lower layers and, with use_sliding_window, {_SLIDING!r} above them",
+                    "layer_types", kinds, f"{only!r} in all layers, since Mistral has one attention"
                 )
-        return {} if window is None or first >= n_layer else {"window": window, "window_first_layer": first}
+            return {"window": window}
+        if not values["use_sliding_window"]:
+            window = None
+        if kinds is None:
+            first = values["max_window_layers"]
+            return (
+                {} if window is None or first >= n_layer else {"window": window, "window_first_layer": first}
+            )
+        known = (_FULL,) if window is None else (_FULL, _SLIDING)
+        if (
+            not isinstance(kinds, (list, tuple))
+            or len(kinds) != n_layer
+            or not all(k in known for k in kinds)
+        ):
+            raise unsupported(
+                "layer_types",
+                kinds,
+                f"one of {_FULL!r} and, with use_sliding_window and a sliding_window, {_SLIDING!r} for each of"
+                f" {n_layer} layers",
+            )
+        if _SLIDING not in kinds:
+            return {}
+        return {"window": window, "window_layers": tuple(kind == _SLIDING for kind in kinds)}
 
 
 _COMMON = {"activation": "swiglu", "norm": "rms_norm", "position": "rotary"}
@@ -233,6 +255,7 @@ mistral = LlamaLike(
         "intermediate_size": 14336,
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
+        "layer_types": None,
     },
     {**_NO_MLP_BIAS, "qkv_bias": False, "out_bias": False},
 )

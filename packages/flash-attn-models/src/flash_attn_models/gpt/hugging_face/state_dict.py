@@ -206,10 +206,12 @@ def make_layout(
     other_head: str | None = None,
     head_padding: int = 0,
 ) -> Layout:
-    """The layout of these entries, the embedding first, and of an untied head, with the name ``head`` or, in other
-    files, ``other_head``, if there is one. ``head_padding`` rows of theirs are no tokens."""
+    """The layout of these entries, the embedding first, and of a head's own parameters. The head has the name ``head``
+    or, in other files, ``other_head``, if there is one; ``head_padding`` rows of theirs are no tokens."""
     if not config.tie_embeddings:
         entries = [*entries, *linear_entries("lm_head", head, config.head_bias, padding=head_padding)]
+    elif config.head_bias:
+        entries = [*entries, Entry("lm_head.bias", (f"{head}.bias",))]
     return Layout(
         entries=tuple(entries),
         base_prefix=base_prefix,
