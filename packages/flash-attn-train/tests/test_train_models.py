@@ -14,11 +14,13 @@ from flash_attn_train.configs import (
     GPTModelConfig,
     HuggingFaceModelConfig,
     ModelConfig,
+    TrainConfig,
     ViTModelConfig,
 )
 from flash_attn_train.errors import ConfigError
 from flash_attn_train.models import DataSizes, build_model, gpt_config
 from flash_attn_train.sequence_classifier import BertForSequenceClassification
+from flash_attn_train.tasks.initial_model import initial_model
 
 SMALL: dict[str, Any] = {"n_layer": 1, "n_head": 2, "d_model": 32}
 TEXT, LABELS = DataSizes(vocab_size=41), DataSizes(vocab_size=41, num_classes=3)
@@ -106,3 +108,13 @@ class TestHuggingFace:
     def test_cannot_be_cut_for_tensor_parallelism(self) -> None:
         with pytest.raises(ConfigError, match="cannot be made with process_group"):
             build_model(HuggingFaceModelConfig(), TEXT, process_group=object())
+
+
+def test_initial_weights_are_the_same_whatever_device_is_the_default() -> None:
+    """On a GPU, Lightning makes the device the default for some strategies, and random numbers are others there."""
+    config = TrainConfig(model=GPTModelConfig(max_seqlen=16, n_layer=1, n_head=2, d_model=16))
+    expected = initial_model(config, DataSizes(vocab_size=50), None).state_dict()
+    with torch.device("meta"):
+        weights = initial_model(config, DataSizes(vocab_size=50), None).state_dict()
+    for name, weight in weights.items():
+        assert weight.device.type == "cpu" and torch.equal(weight, expected[name])

@@ -15,8 +15,8 @@ from flash_attn_train.warm_start import load_warm_start
 def initial_model(config: TrainConfig, sizes: DataSizes, mesh: DeviceMesh | None) -> nn.Module:
     """Built, with its first weights, and spread as the strategy says; all ranks call this.
 
-    Random weights depend on the seed alone: they are the same on all ranks, and parts of the same with tensor
-    parallelism.
+    Random weights depend on the seed alone: they are drawn on the CPU, the same on all ranks and devices with every
+    strategy, and parts of the same with tensor parallelism. The strategy moves them to the device.
 
     Args:
         config: of the run, resolved.
@@ -41,6 +41,7 @@ def initial_model(config: TrainConfig, sizes: DataSizes, mesh: DeviceMesh | None
 
 
 def _seeded(config: TrainConfig, sizes: DataSizes, **options: object) -> nn.Module:
-    with torch.random.fork_rng():
+    # The device is named since some of Lightning's strategies make theirs the default here.
+    with torch.random.fork_rng(), torch.device("cpu"):
         torch.manual_seed(config.seed)
         return build_model(config.model, sizes, **options)
