@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from flash_attn_models.autocast import product_dtype
 from flash_attn_models.errors import bad_argument, did_you_mean
 from flash_attn_models.generation.paged_cache import PagedKVCache, PagePool
 from flash_attn_models.gpt.model import GPTLMHeadModel
@@ -78,9 +79,7 @@ def count_pages(room: Sequence[int], page_size: int) -> int:
 
 def attention_dtype(model: GPTLMHeadModel) -> torch.dtype:
     """What attention computes in: the dtype of the weights, or of autocast."""
-    weight = model.head_weight
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+    return product_dtype(model.head_weight)
 
 
 def check_cache(model: GPTLMHeadModel, cache: object, page_size: int | None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from flash_attn_models.autocast import product_dtype
 from flash_attn_models.errors import bad_argument
 from flash_attn_models.gpt.checkpointing import check_choice, is_checkpointed
 from flash_attn_models.gpt.config import GPTConfig
@@ -128,7 +129,7 @@ class GPTModel(nn.Module):
             where = {"documents": documents}
             embedded = self.embeddings(input_ids, position_ids=documents.positions)
         if not self.config.residual_in_fp32:
-            embedded = _as_autocast_does(embedded)
+            embedded = embedded.to(product_dtype(embedded))
         # What each kind of block passes on to the next, see layers/block.py.
         others = 2 if self.config.parallel_block else 1 if self.config.prenorm else 0
         state: tuple[Any, ...] = (embedded, *[None] * others)
@@ -427,14 +428,6 @@ def _block(
     if not config.prenorm:
         return DecoderPostNormBlock(norm1, mixer, norm2, mlp)
     return Block(norm1, mixer, norm2, mlp, residual_in_fp32=config.residual_in_fp32)
-
-
-def _as_autocast_does(x: Tensor) -> Tensor:
-    """x in the dtype that matrix products have under autocast; outside of it as it is."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
 
 
 def _last_positions(hidden: Tensor, seqlens: Tensor | None, count: int) -> Tensor:
