@@ -29,6 +29,7 @@ from flash_attn_train.distributed import (
     clip_gradients,
     data_parallel_rank,
     distribute_optimizer,
+    ending_process_group,
     from_all_ranks,
     model_options,
     on_rank_zero,
@@ -261,4 +262,5 @@ def main(plan: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    with ending_process_group():
+        main(Path(sys.argv[1]))

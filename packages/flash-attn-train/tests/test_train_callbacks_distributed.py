@@ -20,6 +20,7 @@ import torch
 from flash_attn_train.callbacks import EMA, EMA_KEY, NormMonitor, WatchedRun, build_callbacks
 from flash_attn_train.configs.callbacks import CallbacksConfig
 from flash_attn_train.configs.task import LanguageModelConfig
+from flash_attn_train.distributed import ending_process_group
 from flash_attn_train.errors import TrainingError
 from flash_attn_train.loggers import MetricsCSV
 from torch import nn
@@ -64,55 +65,57 @@ def train():
         (folder / f"error{rank}").write_text(str(error))
 
 
-train()
-
-# With FSDP2: norms and averages of what is spread over processes are those of the whole.
-mesh = init_device_mesh("cpu", (2,))
-torch.manual_seed(0)
-whole = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
-sharded = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
-sharded.load_state_dict(whole.state_dict())
-for layer in sharded:
-    fully_shard(layer, mesh=mesh)
-fully_shard(sharded, mesh=mesh)
-
-
 class Holder(pl.LightningModule):
     def __init__(self, model):
         super().__init__()
         self.model = model
 
 
-class FakeTrainer:
-    global_step, max_steps, is_global_zero, strategy = 0, 1, torch.distributed.get_rank() == 0, None
+# With FSDP2: norms and averages of what is spread over processes are those of the whole.
+def measure_sharded():
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    sharded = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    sharded.load_state_dict(whole.state_dict())
+    for layer in sharded:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+
+    class FakeTrainer:
+        global_step, max_steps, is_global_zero, strategy = 0, 1, torch.distributed.get_rank() == 0, None
+
+    results = {}
+    for name, model in (("whole", whole), ("sharded", sharded)):
+        holder, trainer = Holder(model), FakeTrainer()
+        ema, norms = EMA(0.5, warmup=False), NormMonitor(every_n_steps=1, per_layer=True)
+        ema.on_train_start(trainer, holder)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        model(torch.ones(4, 3)).square().mean().backward()
+        norms.on_before_optimizer_step(trainer, holder, optimizer)
+        optimizer.step()
+        trainer.global_step = 1
+        ema.on_train_batch_end(trainer)
+        checkpoint = {}
+        ema.on_save_checkpoint(trainer, holder, checkpoint)
+        again = EMA(0.5)
+        again.on_load_checkpoint(trainer, holder, {EMA_KEY: checkpoint[EMA_KEY]})
+        if trainer.is_global_zero:
+            shared = [checkpoint[EMA_KEY]]
+        else:
+            shared = [None]
+        torch.distributed.broadcast_object_list(shared)
+        again.on_load_checkpoint(trainer, holder, {EMA_KEY: shared[0]})
+        again.on_train_start(trainer, holder)
+        assert all(map(torch.equal, again._averages, ema._averages))
+        results[name] = (shared[0], norms.measure(trainer, holder, None))
+    if FakeTrainer.is_global_zero:
+        torch.save(results, folder / "sharded.pt")
 
 
-results = {}
-for name, model in (("whole", whole), ("sharded", sharded)):
-    holder, trainer = Holder(model), FakeTrainer()
-    ema, norms = EMA(0.5, warmup=False), NormMonitor(every_n_steps=1, per_layer=True)
-    ema.on_train_start(trainer, holder)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    model(torch.ones(4, 3)).square().mean().backward()
-    norms.on_before_optimizer_step(trainer, holder, optimizer)
-    optimizer.step()
-    trainer.global_step = 1
-    ema.on_train_batch_end(trainer)
-    checkpoint = {}
-    ema.on_save_checkpoint(trainer, holder, checkpoint)
-    again = EMA(0.5)
-    again.on_load_checkpoint(trainer, holder, {EMA_KEY: checkpoint[EMA_KEY]})
-    if trainer.is_global_zero:
-        shared = [checkpoint[EMA_KEY]]
-    else:
-        shared = [None]
-    torch.distributed.broadcast_object_list(shared)
-    again.on_load_checkpoint(trainer, holder, {EMA_KEY: shared[0]})
-    again.on_train_start(trainer, holder)
-    assert all(map(torch.equal, again._averages, ema._averages))
-    results[name] = (shared[0], norms.measure(trainer, holder, None))
-if FakeTrainer.is_global_zero:
-    torch.save(results, folder / "sharded.pt")
+with ending_process_group():
+    train()
+    measure_sharded()
 """
 
 

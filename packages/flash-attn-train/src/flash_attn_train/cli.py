@@ -51,9 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         print(f"flash-attn-train {__version__}", flush=True)  # before the wait for torch to load
+        from flash_attn_train.distributed import ending_process_group
         from flash_attn_train.run import train
 
-        train(config)
+        with ending_process_group():
+            train(config)
     except UserError as error:
         print(f"flash-attn-train: error: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ from flash_attn_train.distributed.gradients import clip_gradients
 from flash_attn_train.distributed.interruption import Interruption, requeue_job
 from flash_attn_train.distributed.launch import (
     cluster_environment,
+    ending_process_group,
     from_all_ranks,
     is_lightning_child,
     is_rank_zero,
@@ -28,6 +29,7 @@ __all__ = [
     "data_parallel_rank",
     "data_parallel_size",
     "distribute_optimizer",
+    "ending_process_group",
     "from_all_ranks",
     "is_lightning_child",
     "is_rank_zero",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import pickle
 from base64 import b64decode, b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -148,6 +149,28 @@ def start_process_group(accelerator: str = "auto", timeout: timedelta = timedelt
         device_id=device,
         timeout=timeout,
     )
+
+
+@contextmanager
+def ending_process_group() -> Iterator[None]:
+    """Ends the process group, whoever made it, when all ranks leave the block: at its end or by SystemExit, which is
+    how a signal stops them. Not after an error, since others may be waiting for this rank: they would be for longer.
+
+    Without this a run that went well may abort at the very end ("terminate called without an active exception"):
+    threads of gloo's give back tensors, for which they need Python, which no longer lets them when it is ending.
+    """
+    try:
+        yield
+    except SystemExit:
+        _end_process_group()
+        raise
+    _end_process_group()
+
+
+def _end_process_group() -> None:
+    if dist.is_available() and dist.is_initialized():
+        _cpu_group.cache_clear()
+        dist.destroy_process_group()
 
 
 @lru_cache(maxsize=8)
