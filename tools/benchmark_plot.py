@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from benchmark_results import Result
@@ -40,6 +41,7 @@ STYLES = {
     "flash2": Style("#009e73", "^"),
     "efficient": Style("#cc79a7", "v"),
 }
+TITLE_WIDTH = 20  # characters over a panel
 OTHER_STYLES = (Style("#56b4e9", "P"), Style("#000000", "X"), Style("#8c6d31", "*"), Style("#7f7f7f", "d"))
 QUANTITIES = {
     "tflops": Quantity("TFLOP/s", "gemm_tflops", "matrix product, 8192³"),
@@ -90,7 +92,7 @@ def line_figure(result: Result, content: Table, view: View) -> Figure:
         names = ", ".join(map(label, view.rows[1:], lower))
         row[0].set_ylabel(f"{names}\n{quantity_name(view)}".strip())
     for axes, first in zip(panels[0], across, strict=True):
-        axes.set_title(label(view.rows[0], first), fontsize=10)
+        axes.set_title(fill(label(view.rows[0], first), TITLE_WIDTH), fontsize=10)
     mark_numbers(panels[0, 0], sorted({line[x_index] for line in content.lines}))
     panels[0, 0].set_ylim(bottom=0)
     for axes in panels[-1]:
@@ -141,7 +143,9 @@ def styles_of(names: Sequence[str]) -> dict[str, Style]:
 
 
 def label(column: str, value: Any) -> str:
-    """What a case is, in words: "head dim 64", "causal", "not causal"."""
+    """What a case is, in words: "head dim 64", "causal", "not causal"; texts speak for themselves: "forward"."""
+    if isinstance(value, str):
+        return value
     name = column.replace("_", " ")
     if isinstance(value, bool):
         return name if value else f"not {name}"
