@@ -201,7 +201,8 @@ def run(
     by_direction: bool = False,
     full_help: str | None = None,
 ) -> None:
-    """The command line of a benchmark; ``cases(arguments)`` gives the rows of one case after the other.
+    """The command line of a benchmark; ``cases(arguments)`` gives the rows of one case after the other, and after each
+    of them the result is written, so that a run that is cut off keeps what it had.
 
     With ``by_direction`` it can run one direction alone: ``arguments.directions`` are those asked for.
     """
@@ -217,4 +218,4 @@ def run(
                     row = {**row, share: value}
             rows.append(row)
             print("  ".join(str(value) for value in row.values()), flush=True)
-    write_result(arguments.json, benchmark, rows, ceilings)
+        write_result(arguments.json, benchmark, rows, ceilings)

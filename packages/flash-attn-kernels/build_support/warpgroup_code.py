@@ -7,6 +7,9 @@ descriptors to uniform registers between the products of a chain, each of which 
 
 The backward's main loop issues the scores and their gradient together, and the products for dV, dQ and dK each before
 it waits for the one before.
+
+One thing makes code wrong, rarely: what threads store to tiles in shared memory, the tensor cores and the copy engine
+see only behind a fence, which has to come before the barrier that announces it.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ HIDDEN_SHARE = 0.8  # of the main loop's exponentials: at least so many run unde
 # A product's sums, then its A: a descriptor if in shared memory, which are the scores, or registers.
 _PRODUCT = re.compile(r"^HGMMA\.64x(\d+)x16\.\S+ R\d+, (gdesc|R\d+)")
 _LOCAL = re.compile(r"^(LDL|STL)\b")
+_TILE_STORE = re.compile(r"^(STS\.128|STSM)\b")  # descriptions of works are stored in words
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class BackwardExpected:
 
 def problems(code: list[Instruction], resources: Resources, expected: Expected) -> list[str]:
     """What is wrong, in words; nothing if all is well."""
-    found = _launch_problems(code, resources, expected)
+    found = _launch_problems(code, resources, expected) + _fence_problems(code)
     loop = main_loop(code)
     if loop is None:
         found.append("no loop computes both products")
@@ -63,7 +67,7 @@ def problems(code: list[Instruction], resources: Resources, expected: Expected) 
 
 def backward_problems(code: list[Instruction], resources: Resources, expected: BackwardExpected) -> list[str]:
     """Likewise of a backward kernel."""
-    found = _launch_problems(code, resources, expected)
+    found = _launch_problems(code, resources, expected) + _fence_problems(code)
     loop = main_loop(code)
     if loop is None:
         return [*found, "no loop computes products from shared memory and from registers"]
@@ -101,6 +105,20 @@ def _launch_problems(
     if resources.registers != expected.registers:
         found.append(f"{resources.registers} registers at launch instead of {expected.registers}")
     return found + _register_problems(code, expected)
+
+
+def _fence_problems(code: list[Instruction]) -> list[str]:
+    """Barriers that announce what is stored to tiles, and have no fence behind the stores."""
+    found, stored = [], ""
+    for instruction in code:
+        if _TILE_STORE.match(instruction.text):
+            stored = instruction.text
+        elif instruction.opcode.startswith("FENCE.VIEW.ASYNC"):
+            stored = ""
+        elif stored and instruction.opcode.startswith("BAR."):
+            found.append(f"no fence between {stored} and {instruction.text}")
+            stored = ""
+    return found
 
 
 def main_loop(code: list[Instruction]) -> list[Instruction] | None:

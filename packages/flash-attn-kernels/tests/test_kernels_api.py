@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import flash_attn_kernels
@@ -18,6 +19,7 @@ from flash_attn_kernels import (
     flash_attn_varlen_qkvpacked_func,
     portable,
 )
+from flash_attn_kernels.autocast import autocast_is_on
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +27,11 @@ OPTIONS = [
     "dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic",
     "return_attn_probs",
 ]  # fmt: skip
+DEFAULTS = {
+    "dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
+    "alibi_slopes": None, "deterministic": False, "return_attn_probs": False, "block_table": None,
+    "causal_alignment": "bottom-right", "return_lse": False, "strict": False,
+}  # fmt: skip
 BEYOND = [
     "attn_bias", "attn_mask", "key_padding_mask", "learnable_sink", "causal_alignment", "return_lse", "strict",
 ]  # fmt: skip
@@ -47,6 +54,7 @@ def test_signatures_are_flash_attentions(function, positional: list[str], keywor
     parameters = inspect.signature(function).parameters.values()
     assert [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD] == positional
     assert [p.name for p in parameters if p.kind == p.KEYWORD_ONLY] == keyword_only
+    assert {p.name: p.default for p in parameters if p.name in DEFAULTS}.items() <= DEFAULTS.items()
 
 
 def test_public_names() -> None:
@@ -285,11 +293,40 @@ def test_the_same_tensors_twice() -> None:
         torch.testing.assert_close(three, one)
 
 
-def test_second_derivatives_are_refused() -> None:
+@pytest.mark.parametrize("result", ["out", "lse", "both"])
+@pytest.mark.parametrize("loss", [torch.sum, lambda x: x.square().sum()], ids=["linear", "square"])
+@pytest.mark.parametrize("by_backward", [False, True])
+def test_second_derivatives_are_refused(result: str, loss, by_backward: bool) -> None:
+    """Not taken for 0, also where the upstream gradient is a constant, and by whatever function they are asked for."""
     leaves = tensors()
-    found = torch.autograd.grad(flash_attn_func(*leaves).square().sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        found[0].sum().backward()
+    sink = torch.zeros(4, requires_grad=True)
+    for other in ((), (sink,)):
+        out, lse = flash_attn_func(*leaves, learnable_sink=sink if other else None, return_lse=True)
+        total = {"out": loss(out), "lse": loss(lse), "both": loss(out) + loss(lse)}[result]
+        for x in (*leaves, *other):
+            (found,) = torch.autograd.grad(total, x, create_graph=True, retain_graph=True)
+            with pytest.raises(RuntimeError, match=r"attention has no second derivative: .* Fix: "):
+                if by_backward:
+                    (found.sum() + leaves[0].sum()).backward(retain_graph=True)
+                else:
+                    torch.autograd.grad(found.sum(), leaves[0], allow_unused=True, retain_graph=True)
+
+
+def test_hessians_are_refused() -> None:
+    q, k, v = (x.detach()[:1, :2, :2] for x in tensors())
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.functional.hessian(lambda q: flash_attn_func(q, k, v).sum(), q)
+
+
+def test_create_graph_alone_changes_no_gradient() -> None:
+    leaves = tensors()
+    out, lse = flash_attn_func(*leaves, return_lse=True)
+    loss = out.square().sum() + lse.sum()
+    expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+    found = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert all(map(torch.equal, found, expected))
+    (only,) = torch.autograd.grad(lse.sum(), leaves[1:2], create_graph=True)
+    assert only.shape == leaves[1].shape
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -347,6 +384,24 @@ def test_autocast_computes_as_without_it_in_its_dtype() -> None:
     assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
     for gradient, expected_gradient, leaf in zip(gradients, expected_gradients, [*leaves, bias], strict=True):
         assert gradient.dtype == leaf.dtype and torch.equal(gradient, expected_gradient.to(leaf.dtype))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "xpu", "meta"])
+def test_autocast_is_asked_of_every_kind_of_device(device: str) -> None:
+    x = SimpleNamespace(device=torch.device(device), is_cpu=device == "cpu", is_cuda=device == "cuda")
+    assert not autocast_is_on(x)
+    for kind in ("cpu", "mps", "xpu"):
+        with torch.autocast(kind, dtype=torch.bfloat16):
+            assert autocast_is_on(x) == (kind == device)
+
+
+def test_probabilities_under_autocast() -> None:
+    """They belong to the lse that comes with them, so they are computed in its precision."""
+    leaves = [x.detach() * 4.0 for x in tensors()]
+    expected = flash_attn_func(*(x.bfloat16() for x in leaves), return_attn_probs=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = flash_attn_func(*leaves, return_attn_probs=True)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_autocast_brings_dtypes_together() -> None:

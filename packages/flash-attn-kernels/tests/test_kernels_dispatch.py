@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import warnings
@@ -9,9 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from flash_attn_kernels import Explanation, call, explain, flash_attn_func, flash_attn_varlen_func, sm90
+from flash_attn_kernels import (
+    Explanation,
+    call,
+    explain,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    sm90,
+)
 from flash_attn_kernels.dispatch import AttentionProblem, choose_path
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 HOT = AttentionProblem(
@@ -27,6 +37,7 @@ HOT = AttentionProblem(
     score_tensors=(),
     deterministic=False,
     needs_gradient=True,
+    has_tangent=False,
     sums_broadcast_bias=False,
     library_error=None,
 )
@@ -124,6 +135,7 @@ def test_the_sm80_kernels_run_all_of_this(change: dict[str, Any]) -> None:
             {"deterministic": True, "sums_broadcast_bias": True, "score_tensors": ("attn_bias",)},
             "deterministic is set, and the gradient of a broadcast attn_bias",
         ),
+        ({"has_tangent": True}, "a forward-mode derivative is needed"),
         ({"library_error": "no compiled kernels here"}, "no compiled kernels here"),
     ],
 )
@@ -241,6 +253,31 @@ def test_any_tensor_can_need_a_gradient(problems: list[AttentionProblem], name: 
     with torch.no_grad():
         explain(**arguments)
     assert [problem.needs_gradient for problem in problems] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "attn_bias", "alibi_slopes", "learnable_sink"])
+@pytest.mark.parametrize("with_functorch", [False, True])
+def test_any_tensor_can_have_a_tangent(
+    problems: list[AttentionProblem], name: str, with_functorch: bool
+) -> None:
+    arguments = {"q": Q, "k": K, "v": V}
+    if name not in arguments:
+        arguments[name] = BIAS if name == "attn_bias" else torch.ones(4)
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        explain(**{**arguments, name: x})
+        return x
+
+    x, tangent = arguments[name], torch.ones_like(arguments[name])
+    if with_functorch:
+        torch.func.jvp(ask, (x,), (tangent,))
+    else:
+        with forward_ad.dual_level():
+            ask(forward_ad.make_dual(x, tangent))
+            ask(x)
+    ask(x)
+    assert [problem.has_tangent for problem in problems][:1] == [True]
+    assert not any(problem.has_tangent for problem in problems[1:])
 
 
 @pytest.mark.parametrize(
@@ -441,6 +478,16 @@ def test_a_slow_path_on_a_gpu_warns_once_for_each_reason(monkeypatch: pytest.Mon
         flash_attn_func(Q, K, V)
     with pytest.warns(UserWarning, match="because: c"):
         call.object_to_the_portable_path(("c",), "cuda", False)
+
+
+@pytest.mark.parametrize("function", [flash_attn_func, flash_attn_with_kvcache])
+def test_the_warning_points_at_the_call(function, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call, "_warned_reasons", set())
+    with FakeTensorMode(), pytest.warns(UserWarning, match="portable path") as caught:
+        q = torch.empty(1, 2, 1, 8, device="cuda")
+        with contextlib.suppress(RuntimeError):  # there is no GPU to go on with
+            function(q, q, q)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 @pytest.mark.parametrize("path", ["sm80", "sm90"])

@@ -229,6 +229,22 @@ def test_long_queries_take_the_kernels_for_training(name: str, appends: bool) ->
     assert torch.equal(call(0)[0], out)
 
 
+def test_long_queries_ignore_what_no_key_was_written_to() -> None:
+    """In rows that the copy engine can read."""
+    k_cache, v_cache = _cache(2, 640, 2, 64)
+    q = torch.randn(2, 130, 16, 64, device="cuda", dtype=k_cache.dtype)
+    lengths = [300, 200]
+    options: dict[str, Any] = {
+        "cache_seqlens": torch.tensor(lengths, dtype=torch.int32, device="cuda"),
+        "causal": True,
+        "strict": True,
+    }
+    expected = flash_attn_with_kvcache(q, k_cache, v_cache, **options)
+    for entry, length in enumerate(lengths):
+        k_cache[entry, length:], v_cache[entry, length:] = torch.nan, torch.nan
+    assert torch.equal(flash_attn_with_kvcache(q, k_cache, v_cache, **options), expected)
+
+
 def test_operators_compile() -> None:
     k_cache, v_cache = _cache(2, 64, 2, 64)
     q, k, v = (torch.randn(2, 1, h, 64, device="cuda", dtype=torch.bfloat16) for h in (4, 2, 2))

@@ -1,13 +1,14 @@
 """Tiny calls that run every variant of the CUDA kernels once, for tools that slow a kernel down a hundred times.
 
-    compute-sanitizer --tool memcheck python -m pytest -m gpu -k sanitizer packages/flash-attn-kernels/tests
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \\
+        python -m pytest -m gpu -k sanitizer packages/flash-attn-kernels/tests
 
-and likewise with ``--tool synccheck`` (barriers, which the sm90 kernels have many of). ``--tool racecheck`` is for the
-sm80 kernels, ``-k "sanitizer and sm80"`` on Hopper: it takes no notice of mbarriers, through which the roles of an sm90
-block hand each other descriptions of tiles, and reports those. Without such a tool these tests say little: the others
-compare results. On Hopper the sm90 forward runs all kinds but "general"
-and "broadcast bias", dense and packed, where rows are aligned and head dims multiples of 8; the fixture `kernels` has
-the sm80 kernels run all of it as well.
+(with the variable since memory of the caching allocator ends where its blocks do, not where tensors do), and likewise
+with ``--tool synccheck`` (barriers, which the sm90 kernels have many of). ``--tool racecheck`` is for the sm80 kernels,
+``-k "sanitizer and sm80"`` on Hopper: it takes no notice of mbarriers, through which the roles of an sm90 block hand
+each other descriptions of tiles, and reports those. Without such a tool these tests say little: the others compare
+results. On Hopper the sm90 forward runs all kinds but "general" and "broadcast bias", dense and packed, where rows are
+aligned and head dims multiples of 8; the fixture `kernels` has the sm80 kernels run all of it as well.
 """
 
 from __future__ import annotations
@@ -59,9 +60,10 @@ def test_sanitizer(head_dims: tuple[int, int], kind: str, dtype: torch.dtype, ke
 @pytest.mark.parametrize("kind", ["plain", "causal", "window and sink", "softcap and sink"])
 @pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128)])
 def test_sanitizer_where_blocks_compute_several_tiles(head_dims: tuple[int, int], kind: str) -> None:
-    """Barriers change their parity, stages are used again, and tiles of different lengths are shared out."""
+    """Barriers change their parity, stages are used again, and tiles of different lengths are shared out. Packed
+    queries are as many as the sm90 backward wants."""
     heads = torch.cuda.get_device_properties(0).multi_processor_count // 2 + 2
-    for layout, lengths in (("dense", ((67, 400),) * 2), ("packed", ((67, 400), (0, 3), (130, 70)))):
+    for layout, lengths in (("dense", ((67, 400),) * 2), ("packed", ((267, 400), (0, 3), (530, 70)))):
         case = AttentionCase(
             head_dims=head_dims, heads=(heads, 1), lengths=lengths, layout=layout, **KINDS[kind]
         )

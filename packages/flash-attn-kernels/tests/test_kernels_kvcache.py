@@ -187,6 +187,17 @@ def test_every_option_acts(name: str) -> None:
         assert not torch.equal(results(**ACTS[name]), results(**ACTS[name], rotary_interleaved=False))
 
 
+@pytest.mark.parametrize("name", ["softmax_scale", "softcap"])
+def test_a_number_in_a_tensor_may_change_between_calls(name: str) -> None:
+    """As a learned temperature does: a kept plan is not taken for the same number."""
+    q, k, v = randn(2, 3, 4, 8), randn(2, 9, 2, 8, seed=1), randn(2, 9, 2, 8, seed=2)
+    number = torch.tensor(0.25)
+    for value in (0.25, 2.0):
+        number.fill_(value)
+        expected = flash_attn_with_kvcache(q, k, v, **{name: value})
+        assert torch.equal(flash_attn_with_kvcache(q, k, v, **{name: number}), expected)
+
+
 def test_without_lengths_the_whole_cache_is_there() -> None:
     q, k, v = randn(2, 3, 4, 8), randn(2, 9, 2, 8, seed=1), randn(2, 9, 2, 8, seed=2)
     expected = flash_attn_with_kvcache(q, k, v, cache_seqlens=9)

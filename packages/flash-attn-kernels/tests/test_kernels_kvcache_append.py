@@ -466,6 +466,17 @@ def test_without_gradients(mode: Any) -> None:
     assert torch.equal(out, expected)
 
 
+def test_a_cache_of_inference_mode_goes_on_outside_of_it() -> None:
+    """Filled under inference_mode, continued under no_grad."""
+    with torch.inference_mode():
+        x = arguments()
+    expected = call_and_caches(flash_attn_with_kvcache, arguments())
+    with torch.no_grad():
+        out = flash_attn_with_kvcache(**x)
+    assert x["k_cache"].is_inference() and x["v_cache"].is_inference()
+    assert all(map(torch.equal, (out, x["k_cache"], x["v_cache"]), expected))
+
+
 def test_autocast_takes_the_dtype_of_the_cache() -> None:
     """And what is computed inside keeps its own precision."""
     x = arguments("dense")

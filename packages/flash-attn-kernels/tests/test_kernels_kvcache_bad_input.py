@@ -8,6 +8,7 @@ import pytest
 import torch
 from flash_attn_kernels import append_kv, flash_attn_with_kvcache
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def int32(*values: Any) -> Tensor:
@@ -287,6 +288,10 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("scale", dense(softmax_scale=float("nan")), r"softmax_scale: got nan; expected a finite number"),
     ("softcap", dense(softcap=-1.0), r"softcap: got -1.0"),
     ("window", dense(window_size=(-2, 0)), r"window_size: got \(-2, 0\)"),
+    ("no window", dense(window_size=None), r"window_size: got None; expected \(left, right\) integers"),
+    ("window of None", dense(window_size=(None, 0)), r"window_size: got \(None, 0\)"),
+    ("no softcap", dense(softcap=None), r"softcap: got None; expected a number"),
+    ("word as a scale", dense(softmax_scale="auto"), r"softmax_scale: got 'auto'; expected a number"),
     ("negative splits", dense(num_splits=-1), r"num_splits: got -1; expected an integer in \[0, 256\]"),
     ("many splits", dense(num_splits=257), r"num_splits: got 257"),
     (
@@ -347,6 +352,11 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
         r"block_table: got \[0, -1\] for sequence 0",
     ),
     (
+        "page behind the padding",
+        paged(block_table=int32([-1, 9, 2], [3, 4, 5]), cache_leftpad=int32(4, 0)),
+        r"block_table: got \[9\] for sequence 0",
+    ),
+    (
         "page twice",
         paged(block_table=int32([0, 3, 2], [3, 4, 5])),
         r"block_table: got one slot .* Fix: copy a shared page",
@@ -399,9 +409,17 @@ def test_the_cases_start_from_good_input() -> None:
         dense(**TABLES),
         dense(cache_seqlens=7),
         paged(cu_seqlens_k_new=int32(0, 1, 7)),
+        paged(block_table=int32([-1, 1, 2], [3, 4, 5]), cache_leftpad=int32(4, 0)),
+        dense(q=torch.ones(2, 9, 4, 8), rotary_cos=torch.ones(13, 4), rotary_sin=torch.ones(13, 4)),
+        dense(cache_leftpad=int32(7, 3)),
     ):
         assert flash_attn_with_kvcache(**good, validate=True).isfinite().all()
         assert good["k_cache"].abs().sum() > 0
+
+
+def test_an_empty_sequence_is_in_range() -> None:
+    out = flash_attn_with_kvcache(**dense(**NO_NEW, cache_seqlens=int32(3, 0)), validate=True)
+    assert (out[1] == 0).all()
 
 
 def test_strides_are_checked_in_every_call() -> None:
@@ -450,3 +468,13 @@ def test_gradients_are_refused(name: str) -> None:
             assert not flash_attn_with_kvcache(**arguments).requires_grad
     finally:
         TABLES["rotary_cos"].requires_grad_(False)
+
+
+@pytest.mark.parametrize("gradients", [torch.no_grad, torch.enable_grad])
+def test_tangents_are_refused(gradients: Any) -> None:
+    with gradients(), forward_ad.dual_level():
+        for name in ("q", "k_cache", "v"):
+            arguments = dense()
+            arguments[name] = forward_ad.make_dual(arguments[name], torch.ones_like(arguments[name]))
+            assert_refused(flash_attn_with_kvcache, arguments, rf"{name}: got a tensor with a tangent")
+        assert flash_attn_with_kvcache(**dense()).isfinite().all()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -139,3 +144,62 @@ def test_broken_library_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch,
     broken.write_bytes(b"this is not a shared object")
     monkeypatch.setattr(library, "LIBRARY_PATH", broken)
     assert "failed to load" in library._load.__wrapped__()
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "version, error", [((12, 9), True), ((13, 0), False), ((13, 1), False), (None, False)]
+)
+def test_a_driver_that_is_too_old_is_a_reason_not_a_failure_later(
+    version: tuple[int, int] | None, error: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "_driver_cuda_version", lambda: version)
+    monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)  # once is enough
+    reason = library._load.__wrapped__()
+    assert (reason is not None) == error
+    if reason is not None:
+        assert "made for CUDA 12.9, the compiled kernels need a driver for CUDA 13.0" in reason
+
+
+@pytest.mark.parametrize("status, number, version", [(0, 13000, (13, 0)), (0, 12080, (12, 8)), (34, 0, None)])
+def test_the_driver_is_asked(status: int, number: int, version: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(target: Any) -> int:
+        target._obj.value = number
+        return status
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=answer))
+    assert library._driver_cuda_version() == version
+
+
+def test_no_driver_is_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    assert library._driver_cuda_version() is None
+
+
+def test_rocm_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """Its devices are called cuda, and their compute capabilities look like NVIDIA's."""
+    monkeypatch.setattr(library, "LIBRARY_PATH", tmp_path / "any.so")
+    library.LIBRARY_PATH.touch()
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "built for ROCm" in library._load.__wrapped__()
+
+
+def test_a_library_without_some_operator_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(library, "LIBRARY_PATH", tmp_path / "old.so")
+    library.LIBRARY_PATH.touch()
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(library, "OPERATORS", (*library.OPERATORS, "of_tomorrow"))
+    assert "older than this package" in library._load.__wrapped__()
+
+
+def test_the_driver_that_is_asked_for_runs_what_the_build_makes() -> None:
+    folder = str(Path(__file__).parents[1])
+    sys.path.insert(0, folder)
+    try:
+        from build_support.toolchain import MINIMUM_CUDA
+    finally:
+        sys.path.remove(folder)
+    assert library.MINIMUM_DRIVER_CUDA == MINIMUM_CUDA

@@ -100,3 +100,19 @@ def test_16_bit_tokens_keep_their_dtype() -> None:
     x = torch.randn(3, 4, 2).bfloat16()
     tokens, indices, *_ = unpad_input(x, MASK)
     assert tokens.dtype == pad_input(tokens, indices, 3, 4).dtype == torch.bfloat16
+
+
+@torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+def test_compiles() -> None:
+    """One graph, though the number of tokens is known only when it runs."""
+    x, mask = torch.randn(3, 4, 2), torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1]])
+
+    def there_and_back(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        tokens, indices, cu_seqlens, longest, _ = unpad_input(x, mask)
+        return pad_input(tokens * 2.0, indices, *mask.shape), cu_seqlens, longest
+
+    lengths = torch.tensor([[1, 2, 0, 0], [0, 0, 0, 0], [4, 0, 0, 0]])
+    for function, argument in ((there_and_back, mask), (unpad_input_for_concatenated_sequences, lengths)):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for actual, expected in zip(compiled(x, argument), function(x, argument), strict=True):
+            assert torch.equal(torch.as_tensor(actual), torch.as_tensor(expected))

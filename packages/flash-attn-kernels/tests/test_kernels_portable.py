@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
 import pytest
 import torch
-from flash_attn_kernels import blockwise, explain, flash_attn_func, flash_attn_varlen_func
+from flash_attn_kernels import autograd, blockwise, explain, flash_attn_func, flash_attn_varlen_func
 from flash_attn_kernels.inputs import ScoreModifiers
 from flash_attn_kernels.options import AttentionOptions, make_options
 from flash_attn_kernels.philox import draw_seed_and_offset, keep_mask
 from flash_attn_kernels.reference import attention_reference
 from flash_attn_kernels.testing import assert_within_reference_error
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -140,6 +143,27 @@ def test_gradcheck_through_out_and_lse() -> None:
         ),
         leaves,
     )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_forward_mode_derivatives(packed: bool) -> None:
+    primals = tuple(inputs(7, 9))
+    tangents = tuple(x.sin() for x in primals)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if not packed:
+            return flash_attn_func(q, k, v, causal=True, softcap=2.0, return_lse=True)
+        lengths = [torch.arange(3, dtype=torch.int32) * x.shape[1] for x in (q, k)]
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        out, lse = flash_attn_varlen_func(q, k, v, *lengths, causal=True, softcap=2.0, return_lse=True)
+        return out.unflatten(0, (2, 7)), lse.unflatten(1, (2, 7)).transpose(0, 1)
+
+    def definition(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        reference = attention_reference(q, k, v, normalised(8, causal=True, softcap=2.0))
+        return reference.out, reference.lse
+
+    expected = torch.func.jvp(definition, primals, tangents)
+    torch.testing.assert_close(torch.func.jvp(attend, primals, tangents), expected)
 
 
 def test_rows_that_see_nothing() -> None:
@@ -383,6 +407,120 @@ def test_compiles_without_graph_breaks() -> None:
         torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v)), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+PACKED_TENSORS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout": {"dropout_p": 0.3, "causal": True},
+    "used": {
+        "seqused_q": torch.tensor([3, 0, 8], dtype=torch.int32),
+        "seqused_k": torch.tensor([7, 2, 0], dtype=torch.int32),
+        "window_size": (3, 1),
+        "causal_alignment": "top-left",
+    },
+    "modifiers": {
+        "attn_bias": torch.linspace(-1.0, 1.0, 9 * 14).reshape(1, 1, 9, 14).repeat(3, 4, 1, 1),
+        "alibi_slopes": torch.linspace(0.1, 0.4, 4),
+        "learnable_sink": torch.linspace(0.0, 1.0, 4),
+        "key_padding_mask": torch.arange(14) % 5 < torch.tensor([[5], [3], [4]]),
+        "softcap": 2.0,
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", PACKED_TENSORS)
+def test_packed_calls_compile_without_graph_breaks(name: str, dtype: torch.dtype) -> None:
+    """Lengths are read on the host, but inside an operator: one graph for all of them."""
+    torch._dynamo.reset()
+    q, k, v = (x.flatten(0, 1).requires_grad_() for x in inputs(9, 14, dtype=dtype))
+    leaves = {
+        key: x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for key, x in PACKED_TENSORS[name].items()
+    }
+    wanted = [x for x in (q, k, v, *leaves.values()) if isinstance(x, Tensor) and x.requires_grad]
+
+    def attend(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
+        return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, **leaves, return_lse=True)
+
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend=graphs)
+    for ends_q, ends_k in (((0, 5, 5, 14), (0, 9, 12, 21)), ((0, 9, 10, 18), (0, 14, 24, 28))):
+        lengths = [torch.tensor(ends, dtype=torch.int32) for ends in (ends_q, ends_k)]
+        if name == "used" and ends_q[1] == 5:
+            lengths = [torch.tensor((0, 4, 5, 14), dtype=torch.int32), lengths[1]]
+        results = []
+        for function in (compiled, attend):
+            torch.manual_seed(0)
+            out, lse = function(*lengths)
+            loss = out.square().sum() + lse.exp().sum()
+            results.append((out, lse, *torch.autograd.grad(loss, wanted)))
+            with torch.no_grad():
+                torch.manual_seed(0)
+                results.append(function(*lengths))
+        torch.testing.assert_close(results[0], results[2], rtol=0.0, atol=0.0)
+        torch.testing.assert_close(results[1], results[3], rtol=0.0, atol=0.0)
+    assert graphs.frame_count == 2  # with gradients, and without
+
+
+def test_packed_calls_are_exported() -> None:
+    q, k, v = (x.flatten(0, 1) for x in inputs(9, 14, dtype=torch.float32))
+
+    class Attend(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
+            return flash_attn_varlen_func(q, k, v, cu_q, cu_k, causal=True)
+
+    lengths = [
+        [torch.tensor(x, dtype=torch.int32) for x in pair] for pair in (((0, 18), (0, 28)), ((0, 5), (0, 9)))
+    ]
+    exported = torch.export.export(Attend(), (q, k, v, *lengths[0])).module()
+    for pair in lengths:
+        expected = Attend()(q, k, v, *pair)
+        assert torch.equal(exported(q, k, v, *pair), expected)
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # which the program was not exported for
+            assert torch.equal(exported(q, k, v, *pair), expected)
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_packed_calls_of_tensors_without_values(kind: str) -> None:
+    with FakeTensorMode() if kind == "fake" else torch.device("meta"):
+        q, k, v = torch.empty(10, 4, 8), torch.empty(14, 2, 8), torch.empty(14, 2, 12, requires_grad=True)
+        lengths = torch.empty(3, dtype=torch.int32)
+        out, lse = flash_attn_varlen_func(q, k, v, lengths, lengths, return_lse=True)
+        assert out.shape == (10, 4, 12) and lse.shape == (4, 10)
+        assert torch.autograd.grad(out.sum(), v)[0].shape == v.shape
+
+
+def test_probabilities_compile_without_graph_breaks() -> None:
+    tensors = inputs(20, 20, dtype=torch.float32)
+    attend = functools.partial(flash_attn_func, causal=True, return_attn_probs=True)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), attend(*tensors))
+
+
+@pytest.mark.parametrize("name", PACKED_TENSORS)
+def test_opcheck_of_packed_calls(name: str) -> None:
+    leaves = {
+        key: x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for key, x in PACKED_TENSORS[name].items()
+    }
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "flash_attn_kernels":
+                calls.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    q, k, v = (x.flatten(0, 1).requires_grad_() for x in inputs(9, 14, dtype=torch.float32))
+    lengths = [torch.tensor(x, dtype=torch.int32) for x in ((0, 4, 5, 14), (0, 9, 12, 21))]
+    with pytest.MonkeyPatch.context() as patch, Calls():
+        patch.setattr(autograd, "is_compiling", lambda: True)
+        flash_attn_varlen_func(q, k, v, *lengths, **leaves).square().sum().backward()
+    assert len(calls) == 2
+    for operator, arguments in calls:
+        arguments = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+        torch.library.opcheck(operator, arguments)
 
 
 def test_explain_on_the_cpu() -> None:

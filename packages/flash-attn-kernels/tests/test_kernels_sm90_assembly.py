@@ -275,6 +275,19 @@ def test_a_missing_loop_is_found(missing: str) -> None:
         assert problems(loop=loop)
 
 
+def test_missing_fences_are_found() -> None:
+    """Between stores to a tile and the barrier behind them; words that describe works need none."""
+    store, fence, barrier = "STS.128 [R12], RZ", "FENCE.VIEW.ASYNC.S", "BAR.SYNC.DEFER_BLOCKING R11, 0x80"
+    assert problems(prologue=[*PROLOGUE, store, store, fence, barrier, "STS [R8+0x308], R3", barrier]) == []
+    for unfenced in ([store, barrier], [fence, store, barrier, fence], [store, fence, store, barrier]):
+        assert problems(prologue=[*PROLOGUE, *unfenced]) == [f"no fence between {store} and {barrier}"]
+    matrices, arrival = "STSM.16.MT88.4 [R18], R56", "BAR.ARV R19, 0xa0"
+    assert backward_problems([*BACKWARD_LOOP, matrices, fence, arrival]) == []
+    assert backward_problems([*BACKWARD_LOOP, matrices, arrival]) == [
+        f"no fence between {matrices} and {arrival}"
+    ]
+
+
 def test_local_memory_is_found() -> None:
     assert problems(prologue=["@P1 STL.64 [R1+0x8], R4", *PROLOGUE]) == [
         "1 accesses to local memory, such as STL.64 [R1+0x8], R4"

@@ -68,7 +68,7 @@ inline Operand with_dense_rows(const char* name, const Tensor& given, int64_t di
   STD_TORCH_CHECK(x.dim() == dim, name, ": got ", x.dim(), " dimensions, expected ", dim);
   STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index(), name, ": must be on the device of q");
   STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), name, ": must have the dtype of q");
-  STD_TORCH_CHECK(x.size(dim - 3) < Window::kUnbounded, name, ": seqlen must be below 2^30");
+  STD_TORCH_CHECK(x.size(dim - 3) <= kMaxSeqlen, name, ": seqlen must be at most ", kMaxSeqlen);
   if (x.stride(dim - 1) == 1 || x.size(dim - 1) == 1) return x;
   Tensor copy = new_contiguous(x);
   torch::stable::copy_(copy, x);
@@ -224,9 +224,9 @@ inline AttentionParams attention_params(const AttentionArguments& arguments, con
   STD_TORCH_CHECK(head_dim >= 1 && head_dim <= kMaxHeadDim && head_dim_v >= 1 && head_dim_v <= kMaxHeadDim,
                   "q, v: head dims must be in [1, ", kMaxHeadDim, "]");
   STD_TORCH_CHECK(arguments.packed() || k.size(0) == batch, "q, k: batch sizes must be equal");
-  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "q: heads must be a multiple of the heads of k");
+  STD_TORCH_CHECK(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "q: heads must be a multiple of the heads of k");
   STD_TORCH_CHECK(std::isfinite(arguments.softmax_scale), "softmax_scale: must be finite");
-  STD_TORCH_CHECK(batch < INT_MAX && heads < INT_MAX, "q: batch and heads must be below 2^31");
+  STD_TORCH_CHECK(batch >= 0 && batch < INT_MAX && heads < INT_MAX, "q: batch and heads must be below 2^31");
 
   AttentionParams params{};
   params.shape = {static_cast<int>(batch), static_cast<int>(heads), static_cast<int>(heads / kv_heads),
@@ -236,9 +236,9 @@ inline AttentionParams attention_params(const AttentionArguments& arguments, con
   params.keys = {index_data("cu_seqlens_k", arguments.cu_seqlens_k, batch + 1),
                  index_data("seqused_k", arguments.seqused_k, batch),
                  arguments.paged() ? INT_MAX : static_cast<int>(k.size(key_rows)),
-                 arguments.paged() ? static_cast<int>(std::min<int64_t>(arguments.block_table->size(1) * k.size(1),
-                                                                        Window::kUnbounded - 1))
-                                   : INT_MAX};
+                 arguments.paged()
+                     ? static_cast<int>(std::min<int64_t>(arguments.block_table->size(1) * k.size(1), kMaxSeqlen))
+                     : INT_MAX};
   params.window = {window_side(arguments.window_left), window_side(arguments.window_right), arguments.top_left};
   params.softmax_scale = static_cast<float>(arguments.softmax_scale);
   params.softmax_scale_log2 = static_cast<float>(arguments.softmax_scale * 1.4426950408889634);

@@ -62,10 +62,11 @@ int group_splits(const AttentionParams& params, int key_slots, int multiprocesso
 
 // As many heads as it takes that blocks which run together seldom add to the same tile of dQ: their key tiles then
 // outnumber what the device runs at a time (at most two blocks per multiprocessor).
-int deterministic_interleave(const AttentionParams& params, int key_slots, int multiprocessors) {
+int deterministic_interleave(const BackwardParams& params, int multiprocessors) {
   if (params.window.right != Window::kUnbounded) return 1;  // no block waits for its first turn, see BackwardWork
-  const int tiles = std::max(key_slots / std::max(params.shape.batch, 1), 1);
-  return std::max(2 * multiprocessors / tiles, 1);
+  const int heads = params.shape.heads / params.shape.heads_per_kv_head * params.group_splits;
+  const int tiles = std::max(params.key_slots / std::max(params.shape.batch, 1), 1);
+  return std::clamp(2 * multiprocessors / tiles, 1, heads);
 }
 
 }  // namespace
@@ -130,9 +131,10 @@ BackwardResults run_backward(const AttentionArguments& arguments, const Tensor& 
   const Operand k = with_dense_rows("k", k_given, dim, q), v = with_dense_rows("v", v_given, dim, q);
   const Operand out = with_dense_rows("out", out_given, dim, q), dout = with_dense_rows("dout", dout_given, dim, q);
   const auto check_lse = [&](const char* name, const Tensor& x) {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.dim() == dim - 1 &&
-                        x.numel() == q.numel() / q.size(dim - 1),
-                    name, ": must be contiguous float32, one number for each query and head");
+    STD_TORCH_CHECK(x.is_cuda() && x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.dim() == dim - 1 &&
+                        (dim == 3 || x.size(0) == q.size(0)) && x.size(dim - 3) == q.size(dim - 2) &&
+                        x.size(dim - 2) == q.size(dim - 3),
+                    name, ": must be contiguous float32 ([batch,] heads, queries) on the GPU");
   };
   check_lse("lse", lse);
   if (dlse.has_value()) check_lse("dlse", *dlse);
@@ -156,8 +158,8 @@ BackwardResults run_backward(const AttentionArguments& arguments, const Tensor& 
   params.key_slots = slot_count(params.keys, shape.batch, tile.columns);
   params.group_splits = group_splits(params, params.key_slots, limits.multiprocessors);
   params.head_interleave = sm90_tile.has_value() ? sm90_interleave(params, tile.head_dim)
-                           : deterministic ? deterministic_interleave(params, params.key_slots, limits.multiprocessors)
-                                           : 1;
+                           : deterministic       ? deterministic_interleave(params, limits.multiprocessors)
+                                                 : 1;
 
   const int64_t query_tiles = static_cast<int64_t>(params.query_slots) * shape.heads;
   const int64_t key_tiles = static_cast<int64_t>(params.key_slots) * shape.heads;

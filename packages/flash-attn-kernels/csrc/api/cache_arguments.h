@@ -39,11 +39,14 @@ struct CacheArguments {
     STD_TORCH_CHECK(v.is_cuda() && v.scalar_type() == k.scalar_type() && v.dim() == 4 && v.stride(3) == 1,
                     "v_cache: must be like k_cache");
     for (int64_t d = 0; d < 3; ++d) STD_TORCH_CHECK(k.size(d) == v.size(d), "k_cache, v_cache: sizes differ");
+    STD_TORCH_CHECK(k.size(1) <= kMaxSeqlen, "k_cache: an entry or page must have at most ", kMaxSeqlen, " rows");
     if (block_table.has_value()) {
       STD_TORCH_CHECK(
           block_table->is_cuda() && block_table->scalar_type() == ScalarType::Int && block_table->dim() == 2,
           "block_table: must be int32 (entries, pages) on the GPU");
       if (block_table->size(1) > 1 && block_table->stride(1) != 1) block_table = contiguous(block_table);
+    } else {
+      STD_TORCH_CHECK(batch_idx.has_value() || k.size(0) >= batch(), "k_cache: must have an entry for each sequence");
     }
   }
 
@@ -62,7 +65,7 @@ struct CacheArguments {
       cache.page_table = static_cast<const int*>(block_table->data_ptr());
       cache.page_table_stride = block_table->stride(0);
       cache.page_entries = static_cast<int>(block_table->size(0));
-      cache.capacity = static_cast<int>(std::min<int64_t>(block_table->size(1) * k.size(1), Window::kUnbounded - 1));
+      cache.capacity = static_cast<int>(std::min<int64_t>(block_table->size(1) * k.size(1), kMaxSeqlen));
     }
     return cache;
   }
@@ -95,6 +98,8 @@ struct AppendedArguments {
                         k.size(last - 1) == cache.k.size(2) && v.size(last - 1) == cache.k.size(2) &&
                         k.size(last - 2) == v.size(last - 2),
                     "k, v: heads and head dims must be those of the cache, and rows equal");
+    STD_TORCH_CHECK(last == 2 || (k.size(0) == cache.batch() && v.size(0) == cache.batch()),
+                    "k, v: batch must be that of cache_seqlens");
     STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "rotary_cos, rotary_sin: must be given together");
     if (!rotates()) return;
     STD_TORCH_CHECK(cos->is_cuda() && sin->is_cuda() && cos->dim() == 2 && sin->dim() == 2 &&

@@ -73,6 +73,7 @@ std::optional<Operand> run_append(const CacheArguments& cache, const AppendedArg
   std::optional<Operand> rotated;
   if (q.has_value()) {
     STD_TORCH_CHECK(q->size(q->dim() - 1) == params.head_dim, "q: head dim must be that of k_cache");
+    STD_TORCH_CHECK(cu_seqlens_q.has_value() || q->size(0) == params.batch, "q: batch must be that of cache_seqlens");
     rotated.emplace(new_contiguous(*q));
     params.queries = row_layout("cu_seqlens_q", cu_seqlens_q, *q, params.batch);
     params.heads = static_cast<int>(q->size(q->dim() - 2));

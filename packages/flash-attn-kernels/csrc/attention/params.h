@@ -53,6 +53,9 @@ struct Window {
   bool top_left;
 };
 
+// The longest sequence: a position, a tile and an unbounded side then add up in 32 bits.
+constexpr int kMaxSeqlen = Window::kUnbounded - 256;
+
 enum class BiasType : int { kHalf, kBFloat16, kFloat };
 
 // Broadcastable to (batch, head, row, column): stride 0 where it is. Positions past an extent have no entry.

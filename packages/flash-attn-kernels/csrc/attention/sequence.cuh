@@ -37,6 +37,11 @@ __device__ __forceinline__ int stored_rows(const RowLayout& layout, int batch, i
   return max(end - first_row(layout, index), 0);
 }
 
+// Whether what lies behind the rows that take part may be anything. Behind a whole tensor the copy engine finds zeros.
+__device__ __forceinline__ bool has_rows_behind(const RowLayout& layout) {
+  return layout.cu_seqlens != nullptr || layout.seqused != nullptr;
+}
+
 // Rows of it that take part.
 __device__ __forceinline__ int used_rows(const RowLayout& layout, int batch, int index) {
   if (index == batch) return 0;
@@ -44,7 +49,13 @@ __device__ __forceinline__ int used_rows(const RowLayout& layout, int batch, int
   return layout.seqused == nullptr ? stored : min(max(layout.seqused[index], 0), stored);
 }
 
-// Tile number `tile` of sequence `index`, which has `tiles` slots.
+// Keys that windows are aligned by, of which `used` take part: a cache counts those too that it has no room for.
+__device__ __forceinline__ int aligned_keys(const RowLayout& keys, int batch, int index, int used) {
+  if (keys.cu_seqlens != nullptr || keys.seqused == nullptr || index == batch) return used;
+  return min(max(keys.seqused[index], 0), kMaxSeqlen);
+}
+
+// Tile number `tile` of sequence `index`, which has `tiles` slots; 0 <= tile < tiles whatever cumulative lengths say.
 struct Slot {
   int index, tile, tiles;
 
@@ -62,7 +73,7 @@ struct Slot {
     while (candidates > 1) {
       const int step = ceil_div(candidates, 32);
       const bool starts_before = lane * step < candidates && first_slot(layout, index + lane * step, tile_rows) <= slot;
-      const int chosen = max(__popc(__ballot_sync(0xffffffffu, starts_before)) - 1, 0);
+      const int chosen = 31 - __clz(__ballot_sync(0xffffffffu, starts_before));  // the first one always does
       index += chosen * step;
       candidates = min(step, candidates - chosen * step);
     }
@@ -87,7 +98,7 @@ struct Sequence {
     first_k = params.modifiers.pages.table == nullptr ? first_row(params.keys, index) : 0;
     seqlen_q = used_rows(params.queries, batch, index);
     seqlen_k = used_rows(params.keys, batch, index);
-    shift = params.window.top_left ? 0 : seqlen_k - seqlen_q;
+    shift = params.window.top_left ? 0 : aligned_keys(params.keys, batch, index, seqlen_k) - seqlen_q;
   }
 };
 

@@ -11,10 +11,13 @@ from torch import Tensor
 
 
 def autocast_is_on(x: Tensor) -> bool:
-    """Whether autocast applies to the device of x. Asks no name of a device type, which costs more than the rest."""
+    """Whether autocast applies to the device of x. The name of a device type is asked last: it costs most."""
     if x.is_cuda:
         return torch.is_autocast_enabled("cuda")
-    return x.is_cpu and torch.is_autocast_enabled("cpu")
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    device_type = x.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def autocast_switched_off(x: Tensor) -> torch.autocast:

@@ -7,15 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from . import portable, sm80, sm90
+from . import portable, portable_operators, sm80, sm90
 from .autocast import autocast_is_on, autocast_switched_off
 from .inputs import NO_MODIFIERS, AttentionInputs, Gradients, PackedLayout, ScoreModifiers
 from .options import AttentionOptions
 
-PATHS: dict[str, Any] = {"sm90": sm90, "sm80": sm80, "portable": portable}
+# The portable path where lengths cannot be read, see _has_no_values.
+_PORTABLE_OPERATORS = "portable_operators"
+PATHS: dict[str, Any] = {
+    "sm90": sm90,
+    "sm80": sm80,
+    "portable": portable,
+    _PORTABLE_OPERATORS: portable_operators,
+}
 
 _MODIFIERS = 5  # fields of ScoreModifiers, and which of them have gradients
 _ATTN_BIAS, _ALIBI_SLOPES, _LEARNABLE_SINK = 0, 3, 4
@@ -42,6 +48,8 @@ def attend(
 
     Without ``returns_lse`` the second may be None: autograd spends time on every result.
     """
+    if packed is not None and path == "portable" and _has_no_values(packed.cu_seqlens_q):
+        path = _PORTABLE_OPERATORS
     is_plain = modifiers is NO_MODIFIERS and seed_and_offset is None and packed is None
     if not needs_gradient:
         if is_plain:
@@ -70,6 +78,11 @@ def attend(
         others = (*others, *packed)
     results = apply(q, k, v, structure, *others)
     return results if returns_lse else (results, None)
+
+
+def _has_no_values(x: Tensor) -> bool:
+    """While a graph is traced, and of tensors that only have shapes."""
+    return is_compiling() or x.is_meta or isinstance(x, torch._subclasses.FakeTensor)
 
 
 def attend_without_autocast(q: Tensor, *others: Any) -> tuple[Tensor, Tensor | None]:
@@ -103,9 +116,32 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        # Only create_graph needs to be told that there is no second derivative, and being told takes time.
-        function = once_differentiable(_gradients) if torch.is_grad_enabled() else _gradients
-        return function(ctx, dout, dlse)
+        if not torch.is_grad_enabled():
+            return _gradients(ctx, dout, dlse)
+        # With create_graph. What torch calls once_differentiable would not do: a second derivative that is asked for by
+        # torch.autograd.grad, or where the upstream gradient is a constant, would be 0 instead of an error.
+        with torch.no_grad():
+            gradients = _gradients(ctx, dout, dlse)
+        present = [x for x in gradients if x is not None]
+        if not present:
+            return gradients
+        marked = iter(_NoSecondDerivative.apply(len(present), *present, dout, dlse, *ctx.saved_tensors))
+        return tuple(None if x is None else next(marked) for x in gradients)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The first ``count`` tensors, gradients, as they are: an error where they are differentiated in the others."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "attention has no second derivative: got a gradient of it to differentiate, made with create_graph=True. "
+            "Fix: leave create_graph out, or compute this attention by plain torch operations."
+        )
 
 
 # Function.apply without its Python, which serves the transforms of torch.func alone and takes a tenth of a call's time.

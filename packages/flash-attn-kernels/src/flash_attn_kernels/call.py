@@ -11,6 +11,7 @@ import functools
 import math
 import operator
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import autograd, checks, library, modifiers, portable
-from .autocast import autocast_is_on, to_autocast_dtype
+from .autocast import autocast_is_on, autocast_switched_off, to_autocast_dtype
 from .dispatch import AttentionProblem, Explanation, choose_path
+from .forward_mode import has_tangent
 from .inputs import NO_MODIFIERS, AttentionInputs, PackedLayout, ScoreModifiers
-from .options import AttentionOptions, make_options
+from .options import AttentionOptions, as_number, as_window, make_options
 from .philox import draw_seed_and_offset
 from .tracing import constant_under_compile
 
@@ -68,7 +70,7 @@ def run(
     if return_attn_probs:
         assert lse is not None  # since it was asked for
         inputs = AttentionInputs(q, k, v, options, score_modifiers, seed_and_offset, packed)
-        with torch.no_grad():
+        with torch.no_grad(), autocast_switched_off(q) if autocast else nullcontext():
             return out, lse, portable.probabilities(inputs, lse)
     return (out, lse) if return_lse else out
 
@@ -110,33 +112,35 @@ def prepare(
         return q, k, v, autocast, *checked
     # A plain call. Its key has all that checks and plan depend on.
     needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    key = (
-        q.shape,
-        k.shape,
-        v.shape,
-        q.dtype,
-        k.dtype,
-        v.dtype,
-        q.device,
-        k.device,
-        v.device,
-        None if softmax_scale is None else float(softmax_scale),
-        causal,
-        window_size,
-        float(softcap),
-        float(dropout_p),
-        deterministic or torch.are_deterministic_algorithms_enabled(),
-        causal_alignment,
-        needs_gradient,
-    )
     try:
+        key = (
+            q.shape,
+            k.shape,
+            v.shape,
+            q.dtype,
+            k.dtype,
+            v.dtype,
+            q.device,
+            k.device,
+            v.device,
+            None if softmax_scale is None else float(softmax_scale),
+            causal,
+            window_size,
+            float(softcap),
+            float(dropout_p),
+            deterministic or torch.are_deterministic_algorithms_enabled(),
+            causal_alignment,
+            needs_gradient,
+            has_tangent(q, k, v),
+        )
         options, explanation = _plans_of_plain_calls[key]
     except KeyError:
         if len(_plans_of_plain_calls) >= _PLANS_KEPT:
             _plans_of_plain_calls.clear()
         _, _, options, explanation = _check_and_plan(q, k, v, None, option_arguments, modifier_arguments)
         _plans_of_plain_calls[key] = options, explanation
-    except TypeError:  # a list as the window, or symbolic sizes, cannot be hashed
+    except (TypeError, ValueError, OverflowError):
+        # A list as the window, or symbolic sizes, cannot be hashed; and what is no number is refused there.
         _, _, options, explanation = _check_and_plan(q, k, v, None, option_arguments, modifier_arguments)
     return q, k, v, autocast, NO_MODIFIERS, needs_gradient, options, explanation
 
@@ -185,9 +189,8 @@ def _check_and_plan(
             )
             if deterministic and bias is not None and bias.requires_grad:
                 sums_broadcast_bias = modifiers.is_broadcast(bias, q, k, packed)
-    window: Any = (
-        window_size if type(window_size) is tuple else tuple(window_size)
-    )  # of a list, to be hashable
+    # Of a list, to be hashable.
+    window: Any = window_size if type(window_size) is tuple else as_window(window_size)
     plan = _plan if is_compiling() else _cached_plan
     options, explanation = plan(
         q.device,
@@ -195,14 +198,15 @@ def _check_and_plan(
         head_dim,
         head_dim_v,
         layout,
-        None if softmax_scale is None else float(softmax_scale),
+        None if softmax_scale is None else as_number("softmax_scale", softmax_scale),
         causal,
         window,
-        float(softcap),
-        float(dropout_p),
+        as_number("softcap", softcap),
+        as_number("dropout_p", dropout_p),
         deterministic,
         causal_alignment,
         needs_gradient,
+        not is_compiling() and has_tangent(q, k, v, *score_modifiers),
         sums_broadcast_bias,
         score_tensors,
     )
@@ -223,6 +227,7 @@ def _plan(
     deterministic: bool,
     causal_alignment: str,
     needs_gradient: bool,
+    has_tangent: bool,
     sums_broadcast_bias: bool,
     score_tensors: tuple[str, ...],
 ) -> tuple[AttentionOptions, Explanation]:
@@ -252,6 +257,7 @@ def _plan(
         score_tensors=score_tensors,
         deterministic=options.deterministic,
         needs_gradient=needs_gradient,
+        has_tangent=has_tangent,
         sums_broadcast_bias=sums_broadcast_bias,
         library_error=library.load_error() if device.type == "cuda" else None,
     )
@@ -266,7 +272,10 @@ _cached_plan = functools.lru_cache(maxsize=_PLANS_KEPT)(_plan)
 _plans_of_plain_calls: dict[Any, tuple[AttentionOptions, Explanation]] = {}
 
 
-def object_to_the_portable_path(reasons: tuple[str, ...], device_type: str, strict: bool) -> None:
+def object_to_the_portable_path(
+    reasons: tuple[str, ...], device_type: str, strict: bool, *, stacklevel: int = 5
+) -> None:
+    """Raise if ``strict``; on a GPU warn, at the line ``stacklevel`` frames up from where the warning is given."""
     text = "; ".join(reasons)
     if strict:
         raise ValueError(
@@ -274,7 +283,7 @@ def object_to_the_portable_path(reasons: tuple[str, ...], device_type: str, stri
             "Fix: change what the reasons name, or pass strict=False for the portable path."
         )
     if device_type == "cuda":
-        _warn_once(text)
+        _warn_once(text, stacklevel)
 
 
 # torch.compile asks these once, while tracing, and treats the answers as constants.
@@ -287,13 +296,13 @@ def compute_capability(device_index: int | None) -> tuple[int, int] | None:
 
 
 @constant_under_compile
-def _warn_once(reasons: str) -> None:
+def _warn_once(reasons: str, stacklevel: int) -> None:
     if reasons not in _warned_reasons:
         _warned_reasons.add(reasons)
         warnings.warn(
             f"attention runs on the portable path, which is slow on a GPU, because: {reasons}. "
             "explain() gives this reason too; strict=True raises instead.",
-            stacklevel=5,
+            stacklevel=stacklevel,
         )
 
 

@@ -27,6 +27,7 @@ class AttentionProblem:
     score_tensors: tuple[str, ...]  # names of the biases, masks and slopes that there are
     deterministic: bool
     needs_gradient: bool
+    has_tangent: bool  # a forward-mode derivative is needed
     sums_broadcast_bias: (
         bool  # a gradient is needed of a bias whose elements are added to several scores each
     )
@@ -139,6 +140,8 @@ def _why_no_kernel(problem: AttentionProblem) -> list[str]:
         reasons.append(f"dtype {problem.dtype} is neither float16 nor bfloat16")
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         reasons.append(f"a head dim ({_head_dims(problem)}) is above {MAX_HEAD_DIM}")
+    if problem.has_tangent:
+        reasons.append("a forward-mode derivative is needed")
     if problem.library_error is not None:
         reasons.append(problem.library_error)
     return reasons

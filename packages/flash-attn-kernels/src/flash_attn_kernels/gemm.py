@@ -91,7 +91,7 @@ def _load() -> str | None:
     if error is not None:
         return error
     if not hasattr(torch.ops.flash_attn_kernels, "gemm_epilogue"):
-        return "the compiled library is older than this package (build it again with tools/build_ext.py)"
+        return library.OLDER_THAN_THE_PACKAGE
     _register_fake()
     if torch.ops.flash_attn_kernels.gemm_cublaslt_version() == 0:
         return "cuBLASLt was not found: looked for libcublasLt.so.13, libcublasLt.so.12"

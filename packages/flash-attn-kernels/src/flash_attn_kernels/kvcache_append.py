@@ -5,6 +5,8 @@ Positions that the cache does not have, rows and pages out of range take no writ
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -43,8 +45,8 @@ def append_kv(
     new_k, new_v = k.flatten(0, -3)[kept], v.flatten(0, -3)[kept]
     if rotary_cos is not None and rotary_sin is not None:
         new_k = rotate(new_k, rotary_cos, rotary_sin, position[kept], interleaved)
-    k_cache.index_put_((row[kept], slot[kept]), new_k)
-    v_cache.index_put_((row[kept], slot[kept]), new_v)
+    _write(k_cache, row[kept], slot[kept], new_k)
+    _write(v_cache, row[kept], slot[kept], new_v)
     if q is None:
         return k_cache.new_empty(0)
     if rotary_cos is None or rotary_sin is None:
@@ -74,6 +76,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, interleaved: b
     rotated[..., first] = (a * cos - b * sin).to(x.dtype)
     rotated[..., second] = (a * sin + b * cos).to(x.dtype)
     return rotated
+
+
+def _write(cache: Tensor, row: Tensor, slot: Tensor, new: Tensor) -> None:
+    """A cache that was made under inference_mode is written outside of it too, as the compiled operators do."""
+    with torch.inference_mode() if cache.is_inference() else nullcontext():
+        cache.index_put_((row, slot), new)
 
 
 def _sequence_and_offset(x: Tensor, cu_seqlens: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:

@@ -18,12 +18,12 @@ from . import operator_arguments
 from .autocast import autocast_is_on
 from .call import object_to_the_portable_path
 from .inputs import PackedLayout
-from .kvcache_checks import check_length, check_no_gradient, check_shapes, check_splits
+from .kvcache_checks import check_length, check_no_derivative, check_shapes, check_splits
 from .kvcache_inputs import CacheTensors
 from .kvcache_operators import CacheOperators, choose_operators
 from .kvcache_values import check_values
 from .modifiers import make_modifiers
-from .options import make_options
+from .options import as_number, as_window, make_options
 
 
 class CacheOptions(NamedTuple):
@@ -118,9 +118,10 @@ def _in_the_dtype_of_the_cache(tensors: CacheTensors) -> CacheTensors:
 def _check_call(tensors: CacheTensors, operators: CacheOperators, strict: bool) -> None:
     """What has to be asked in every call."""
     check_length(tensors)
-    check_no_gradient(tensors)
+    check_no_derivative(tensors)
     if operators.why_portable:
-        object_to_the_portable_path(operators.why_portable, tensors.k_cache.device.type, strict)
+        device_type = tensors.k_cache.device.type
+        object_to_the_portable_path(operators.why_portable, device_type, strict, stacklevel=6)
 
 
 def _cache_seqlens(tensors: CacheTensors) -> Tensor:
@@ -165,7 +166,7 @@ def _plan(tensors: CacheTensors, given: CacheOptions | None) -> Plan:
             key = None
     check_shapes(tensors)
     k_cache, v_cache = tensors.k_cache, tensors.v_cache
-    # torch.compile may trace a number as a symbol; asking for its parts makes it a constant of the graph.
+    # As constants of the graph, see _constant.
     head_dim, head_dim_v = operator.index(k_cache.shape[-1]), operator.index(v_cache.shape[-1])
     options: OperatorOptions = ()
     optional_count = 0
@@ -187,7 +188,12 @@ def _plan(tensors: CacheTensors, given: CacheOptions | None) -> Plan:
 
 
 def _key(tensors: CacheTensors, given: CacheOptions | None) -> Any:
-    """All that the checks of shapes and options look at; None if something is no tensor that should be."""
+    """All that the checks of shapes and options look at; None if something is no tensor that should be.
+
+    None also if a number is a tensor: it is the same key when it has changed in place.
+    """
+    if given is not None and (isinstance(given.softmax_scale, Tensor) or isinstance(given.softcap, Tensor)):
+        return None
     try:
         return (
             given,
@@ -215,15 +221,20 @@ def _checked_options(tensors: CacheTensors, given: CacheOptions, head_dim: int) 
     scale = given.softmax_scale
     options = make_options(
         head_dim=head_dim,
-        softmax_scale=None if scale is None else math.ldexp(*math.frexp(float(scale))),
+        softmax_scale=None if scale is None else _constant(as_number("softmax_scale", scale)),
         causal=given.causal,
-        window_size=given.window_size,
-        softcap=math.ldexp(*math.frexp(float(given.softcap))),
+        window_size=as_window(given.window_size),
+        softcap=_constant(as_number("softcap", given.softcap)),
         dropout_p=0.0,
         deterministic=False,
     )
     window = operator_arguments.window(options)
     return options.softmax_scale, *window, options.softcap, given.num_splits, given.batch_invariant
+
+
+def _constant(x: float) -> float:
+    """torch.compile may trace a number as a symbol; asking for its parts makes it a constant of the graph."""
+    return math.ldexp(*math.frexp(x))
 
 
 def _without_defaults(options: OperatorOptions) -> OperatorOptions:

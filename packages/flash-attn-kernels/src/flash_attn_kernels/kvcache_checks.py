@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .checks import DTYPES
 from .errors import bad_argument
+from .forward_mode import has_tangent, may_have_tangents
 from .kvcache_inputs import CacheTensors
 
 MAX_SPLITS = 256
@@ -77,18 +79,28 @@ def check_splits(num_splits: int, batch_invariant: bool) -> None:
         )
 
 
-def check_no_gradient(tensors: CacheTensors) -> None:
-    """There is no backward: a gradient that is needed would silently be lost."""
-    if not torch.is_grad_enabled():
+def check_no_derivative(tensors: CacheTensors) -> None:
+    """There is no backward, and no forward-mode derivative: one that is needed would silently be lost."""
+    grad_enabled, may_be_dual = torch.is_grad_enabled(), not is_compiling() and may_have_tangents()
+    if not (grad_enabled or may_be_dual):
         return
     for name, x in zip(tensors._fields, tensors, strict=True):
-        if isinstance(x, Tensor) and x.requires_grad:
+        if not isinstance(x, Tensor):
+            continue
+        if grad_enabled and x.requires_grad:
             raise bad_argument(
                 name,
                 "a tensor that requires a gradient, with gradients enabled",
                 "none: attention on a cache has only a forward",
                 f"call it under torch.no_grad() or pass {name}.detach(); to train, use flash_attn_func or "
                 "flash_attn_varlen_func",
+            )
+        if may_be_dual and has_tangent(x):
+            raise bad_argument(
+                name,
+                "a tensor with a tangent",
+                "none: attention on a cache has no forward-mode derivative",
+                "use flash_attn_func or flash_attn_varlen_func",
             )
 
 

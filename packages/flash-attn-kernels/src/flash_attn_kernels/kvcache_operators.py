@@ -15,6 +15,7 @@ import torch
 from . import kvcache_append, kvcache_portable, library
 from .call import compute_capability
 from .dispatch import KERNEL_DTYPES, MAX_HEAD_DIM
+from .registration import register_operator
 
 # What is often absent comes last and has a default: each argument that is passed costs time.
 _OPTIONS = (
@@ -62,16 +63,12 @@ class CacheOperators(NamedTuple):
         return not self.why_portable
 
 
-def _register_portable(name: str) -> Any:
-    portable = f"portable_{name}"
-    _library.define(portable + SCHEMAS[name])
-    _library.impl(portable, _PORTABLE_FUNCTIONS[name], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flash_attn_kernels::{portable}", library.CACHE_FAKES[name], lib=_library)
-    return getattr(torch.ops.flash_attn_kernels, portable).default
-
-
-_library = torch.library.Library("flash_attn_kernels", "FRAGMENT")
-_PORTABLE = CacheOperators(*map(_register_portable, SCHEMAS))
+_PORTABLE = CacheOperators(
+    *(
+        register_operator(f"portable_{name}", schema, _PORTABLE_FUNCTIONS[name], library.CACHE_FAKES[name])
+        for name, schema in SCHEMAS.items()
+    )
+)
 
 
 def choose_operators(

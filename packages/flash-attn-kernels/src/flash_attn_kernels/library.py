@@ -6,6 +6,7 @@ torch version, and it loads in CPU-only torch too, where its operators exist for
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,26 @@ from .tracing import constant_under_compile
 
 LIBRARY_PATH = Path(__file__).parent / "lib" / "libflash_attn_kernels.so"
 
+# The CUDA runtime inside the library is of this version, and takes no older driver, also where that of torch does.
+MINIMUM_DRIVER_CUDA = (13, 0)
+
+OLDER_THAN_THE_PACKAGE = (
+    "the compiled library is older than this package (build it again with tools/build_ext.py)"
+)
+
 # The operators, once the library is loaded: kept here because looking them up in torch.ops takes longer than a call
 # of Python does.
+OPERATORS = (
+    "sm80_forward",
+    "sm80_forward_dense",
+    "sm80_backward",
+    "sm90_forward",
+    "sm90_forward_dense",
+    "sm90_backward",
+    "append_kv",
+    "decode",
+    "append_and_decode",
+)
 sm80_forward: Any = None
 sm80_forward_dense: Any = None
 sm80_backward: Any = None
@@ -48,10 +67,20 @@ def _load() -> str | None:
             "this installation has no compiled kernels (install a platform wheel, or build with "
             "FLASH_ATTN_KERNELS_BUILD=always)"
         )
+    if torch.version.hip is not None:  # whose devices are called cuda too
+        return "torch is built for ROCm, the compiled kernels need an NVIDIA GPU"
+    driver = _driver_cuda_version()
+    if driver is not None and driver < MINIMUM_DRIVER_CUDA:
+        return (
+            "the GPU driver is made for CUDA {}.{}, the compiled kernels need a driver for CUDA {}.{} or newer "
+            "(580 or newer)".format(*driver, *MINIMUM_DRIVER_CUDA)
+        )
     try:
         torch.ops.load_library(str(LIBRARY_PATH))
     except (OSError, RuntimeError) as error:
         return f"the compiled kernels failed to load: {error.__cause__ or error}"
+    if not all(hasattr(torch.ops.flash_attn_kernels, name) for name in OPERATORS):
+        return OLDER_THAN_THE_PACKAGE
     torch.library.register_fake("flash_attn_kernels::sm80_forward", _fake_sm80_forward)
     torch.library.register_fake("flash_attn_kernels::sm80_forward_dense", _fake_forward_dense)
     torch.library.register_fake("flash_attn_kernels::sm80_backward", _fake_backward)
@@ -70,6 +99,16 @@ def _load() -> str | None:
     decode = torch.ops.flash_attn_kernels.decode.default
     append_and_decode = torch.ops.flash_attn_kernels.append_and_decode.default
     return None
+
+
+def _driver_cuda_version() -> tuple[int, int] | None:
+    """(major, minor) of the newest CUDA that the driver of this machine runs; None where there is no driver."""
+    version = ctypes.c_int()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return divmod(version.value // 10, 100) if status == 0 else None
 
 
 # Shapes, dtypes and strides of the operators' results, for FakeTensor, meta tensors and torch.compile.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import DTYPES
 from .errors import bad_argument
 
 
@@ -31,11 +32,11 @@ def merge_attention_states(
         any part get 0 and -inf, and gradients 0.
 
     Raises:
-        ValueError: for numbers or shapes that do not fit together.
+        ValueError: for numbers, shapes, dtypes or devices that do not fit together.
 
     Source: Rabe and Staats, "Self-attention does not need O(n^2) memory", 2021.
     """
-    outs, lses = list(outs), list(lses)
+    outs, lses = _listed("outs", outs), _listed("lses", lses)
     _check(outs, lses)
     dtype = torch.float64 if outs[0].dtype == torch.float64 else torch.float32
     lse_N = torch.stack([lse.to(dtype) for lse in lses])
@@ -54,6 +55,19 @@ def merge_attention_states(
     for part, weight in zip(outs, weights_N.transpose(-1, -2).unsqueeze(-1), strict=True):
         out = out + weight * part
     return out.to(outs[0].dtype), lse
+
+
+def _listed(name: str, tensors: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    expected, fix = "tensors in a list, or one with them stacked", "pass the results of attention as they are"
+    try:
+        listed = list(tensors)
+    except TypeError:
+        got = "a single number" if isinstance(tensors, Tensor) else type(tensors).__name__
+        raise bad_argument(name, got, expected, fix) from None
+    for n, x in enumerate(listed):
+        if not isinstance(x, Tensor):
+            raise bad_argument(f"{name}[{n}]", type(x).__name__, "a torch.Tensor", fix)
+    return listed
 
 
 def _check(outs: list[Tensor], lses: list[Tensor]) -> None:
@@ -88,3 +102,10 @@ def _check(outs: list[Tensor], lses: list[Tensor]) -> None:
                 f"shape {lse_shape}",
                 "pass lse as attention returns it",
             )
+        for name, x in ((f"outs[{n}]", out), (f"lses[{n}]", lse)):
+            if x.dtype not in DTYPES:
+                raise bad_argument(name, f"dtype {x.dtype}", "a floating-point dtype", f"cast {name}")
+            if x.device != outs[0].device:
+                raise bad_argument(
+                    name, f"device {x.device}", f"that of outs[0], {outs[0].device}", "move it with .to"
+                )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import bad_argument
 
@@ -49,6 +50,50 @@ class AttentionOptions:
         return begin, max(begin, end)
 
 
+_FIXES = {
+    "softmax_scale": "pass None for 1/sqrt(head_dim)",
+    "softcap": "pass 0.0 to switch soft-capping off",
+    "dropout_p": "pass 0.0 to switch dropout off",
+}
+
+
+def as_number(name: str, x: Any) -> float:
+    """Of whatever Python, NumPy or torch calls a number.
+
+    Raises:
+        ValueError: for what is none.
+    """
+    try:
+        return float(x)
+    except (TypeError, ValueError, OverflowError):
+        raise bad_argument(name, repr(x), "a number", _FIXES[name]) from None
+
+
+def as_window(window_size: Any) -> tuple[Any, ...]:
+    """A tuple, which unlike a list can be hashed.
+
+    Raises:
+        ValueError: for what is no sequence.
+    """
+    try:
+        return tuple(window_size)
+    except TypeError:
+        raise _bad_window(window_size) from None
+
+
+def _is_window_side(x: Any) -> bool:
+    try:
+        return bool(int(x) == x and -1 <= x < 2**63)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _bad_window(window_size: Any) -> ValueError:
+    return bad_argument(
+        "window_size", window_size, "(left, right) integers >= -1", "use -1 for an unbounded side"
+    )
+
+
 def make_options(
     *,
     head_dim: int,
@@ -68,19 +113,13 @@ def make_options(
     """
     scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
     if not math.isfinite(scale):
-        raise bad_argument(
-            "softmax_scale", softmax_scale, "a finite number", "pass None for 1/sqrt(head_dim)"
-        )
+        raise bad_argument("softmax_scale", softmax_scale, "a finite number", _FIXES["softmax_scale"])
     if not 0.0 <= dropout_p < 1.0:
-        raise bad_argument(
-            "dropout_p", dropout_p, "a probability in [0, 1)", "pass 0.0 to switch dropout off"
-        )
+        raise bad_argument("dropout_p", dropout_p, "a probability in [0, 1)", _FIXES["dropout_p"])
     if not (math.isfinite(softcap) and softcap >= 0.0):
-        raise bad_argument("softcap", softcap, "a finite number >= 0", "pass 0.0 to switch soft-capping off")
-    if len(window_size) != 2 or any(int(w) != w or w < -1 for w in window_size):
-        raise bad_argument(
-            "window_size", window_size, "(left, right) integers >= -1", "use -1 for an unbounded side"
-        )
+        raise bad_argument("softcap", softcap, "a finite number >= 0", _FIXES["softcap"])
+    if len(window_size) != 2 or not all(map(_is_window_side, window_size)):
+        raise _bad_window(window_size)
     if causal_alignment not in ("bottom-right", "top-left"):
         raise bad_argument(
             "causal_alignment", repr(causal_alignment), "'bottom-right' or 'top-left'", "pass one of the two"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional
 
 from .errors import bad_argument
@@ -30,7 +31,7 @@ def unpad_input(
         synchronises with a GPU.
 
     Raises:
-        ValueError: for masks whose shape is not (B, S).
+        ValueError: for masks whose shape is not (B, S), or on another device.
     """
     _check_mask("attention_mask", attention_mask, hidden_states)
     is_real = attention_mask != 0
@@ -59,13 +60,20 @@ def unpad_input_for_concatenated_sequences(
         sequence, and 0; the longest length. Synchronises with a GPU.
 
     Raises:
-        ValueError: for lengths whose shape is not (B, S).
+        ValueError: for lengths whose shape is not (B, S), below 0, or of more tokens than a row has.
     """
     _check_mask("attention_mask_in_length", attention_mask_in_length, hidden_states)
     tokens_of_row = attention_mask_in_length.sum(dim=-1, keepdim=True)
     positions = torch.arange(hidden_states.shape[1], device=attention_mask_in_length.device)
     indices = (positions < tokens_of_row).flatten().nonzero().flatten()
     lengths = attention_mask_in_length[attention_mask_in_length > 0]
+    if not is_compiling() and (total := int(lengths.sum())) != indices.shape[0]:
+        raise bad_argument(
+            "attention_mask_in_length",
+            f"sequences of {total} tokens for the {indices.shape[0]} that there are",
+            f"lengths >= 0 that add up to at most {hidden_states.shape[1]} in each row",
+            "list the lengths of the sequences in a row, then zeros",
+        )
     cu_seqlens, longest = _cumulative(lengths)
     return index_first_axis(hidden_states.flatten(0, 1), indices), indices, cu_seqlens, longest
 
@@ -91,6 +99,11 @@ def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, T
 
 
 def _check_mask(name: str, mask: Tensor, hidden_states: Tensor) -> None:
+    for argument, x in (("hidden_states", hidden_states), (name, mask)):
+        if not isinstance(x, Tensor):
+            raise bad_argument(
+                argument, type(x).__name__, "a torch.Tensor", "convert it with torch.as_tensor"
+            )
     if hidden_states.dim() < 2:
         raise bad_argument(
             "hidden_states",
@@ -105,9 +118,17 @@ def _check_mask(name: str, mask: Tensor, hidden_states: Tensor) -> None:
             f"(batch, seqlen) of hidden_states, {tuple(hidden_states.shape[:2])}",
             "pass one entry per token",
         )
+    if mask.device != hidden_states.device:
+        raise bad_argument(
+            name,
+            f"device {mask.device}",
+            f"the device of hidden_states, {hidden_states.device}",
+            "move it with .to",
+        )
 
 
 def _cumulative(lengths: Tensor) -> tuple[Tensor, int]:
     """cu_seqlens int32 (B + 1,) and the longest of the lengths (B,)."""
-    cu_seqlens = functional.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
-    return cu_seqlens, int(lengths.max()) if lengths.numel() > 0 else 0
+    # The 0 before them is the longest where there are no lengths.
+    from_zero = functional.pad(lengths, (1, 0))
+    return from_zero.cumsum(dim=0, dtype=torch.int32), int(from_zero.max())

@@ -165,8 +165,8 @@ def probabilities(inputs: AttentionInputs, lse: Tensor) -> Tensor:
     q, parts = inputs.q, list(_parts(inputs))
     H = q.shape[-2]
     sequences = [part.sequence(inputs) for part in parts]
-    seqlen_q = max((sequence.q.shape[1] for sequence in sequences), default=0)
-    seqlen_k = max((sequence.k.shape[1] for sequence in sequences), default=0)
+    seqlen_q = max([0, *(sequence.q.shape[1] for sequence in sequences)])
+    seqlen_k = max([0, *(sequence.k.shape[1] for sequence in sequences)])
     batch = q.shape[0] if inputs.packed is None else len(parts)
     result = q.new_zeros((batch, H, seqlen_q, seqlen_k))
     for part, sequence in zip(parts, sequences, strict=True):

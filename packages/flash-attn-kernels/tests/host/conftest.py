@@ -33,6 +33,12 @@ def decode_host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     return _program(tmp_path_factory, "decode_host_functions")
 
 
+@pytest.fixture(scope="session")
+def kernels_host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """The Hopper kernels themselves, without their numbers."""
+    return _program(tmp_path_factory, "sm90_kernels_on_host")
+
+
 def _program(tmp_path_factory: pytest.TempPathFactory, name: str) -> Host:
     nvcc = find_nvcc()
     if nvcc is None:
@@ -56,7 +62,9 @@ def _program(tmp_path_factory: pytest.TempPathFactory, name: str) -> Host:
 
 
 def _compile(nvcc: Path, source: Path, program: Path) -> None:
-    command = [str(nvcc), "-std=c++20", "-O1", f"-I{ROOT / 'csrc'}", "-o", str(program)]
+    # A sum of 32 bits that overflows ends the program.
+    checks = "-Xcompiler=-fsanitize=signed-integer-overflow,-fsanitize-undefined-trap-on-error"
+    command = [str(nvcc), "-std=c++20", "-O1", checks, f"-I{ROOT / 'csrc'}", "-o", str(program)]
     finished = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         pytest.fail(f"{source.name} does not compile:\n{finished.stdout}{finished.stderr}", pytrace=False)

@@ -112,20 +112,46 @@ std::string plan(Request& request) {
   return with_columns(columns, [&]<typename Config>(Config) { return plan_of<Config>(call); });
 }
 
+// call: of every sequence how many keys it has and the key on whose diagonal its first query lies, for the decode
+// kernel and for those for training, which take long queries
+std::string alignments(Request& request) {
+  const Call call(request);
+  const DecodeParams& decode = call.params;
+  std::vector<int> lengths;
+  for (int index = 0; index < decode.shape.batch; ++index) {
+    lengths.push_back(length_of(decode.cache, decode.added, decode.shape.batch, index));
+  }
+  AttentionParams params{};
+  params.shape = decode.shape;
+  params.queries = decode.queries;
+  params.keys = {nullptr, lengths.data(), decode.cache.page_size, decode.cache.capacity};
+  Rows rows;
+  for (int index = 0; index < decode.shape.batch; ++index) {
+    const DecodeSequence few(decode, index, 16, 64);
+    const Sequence many(params, index);
+    rows.push_back({few.last_key + 1, few.shift, many.seqlen_k, many.shift});
+  }
+  return json(rows);
+}
+
 // Numbers in [-4, 4) that the tests compute likewise.
 float number_at(int64_t seed, int64_t a, int64_t b, int64_t c, int64_t d) {
   const int64_t mixed = (seed * 8191 + a * 7919 + b * 104729 + c * 1299709 + d * 15485863) % 100003;
   return static_cast<float>(mixed * mixed % 8192) / 1024.f - 4.f;
 }
 
-// What attend() leaves in the buffer: score and value of a key are number_at().
+// What attend() leaves in the buffer: score and value of a key are number_at(), but scores of query `broken` are no
+// numbers.
 template <typename Config>
 void attend_on_host(const DecodeParams& params, const Piece& piece, const DecodeSequence& sequence,
-                    const MergeBuffer<Config>& buffer) {
+                    const MergeBuffer<Config>& buffer, int broken) {
   for (int i = 0; i < Config::kWarps * Config::kRows; ++i) {
     const int warp = i / Config::kRows;
     const ItemRow row(params, sequence, piece.kv_head, piece.row_tile * Config::kRows + i % Config::kRows);
     const int diagonal = row.query + sequence.shift;
+    const auto score = [&](int key) {
+      return row.query == broken ? NAN : kLog2e * number_at(1, piece.index, row.head, row.query, key);
+    };
     std::vector<int> visible;
     float maximum = -INFINITY;
     for (int tile = piece.tile_begin; tile < piece.tile_end; ++tile) {
@@ -134,14 +160,14 @@ void attend_on_host(const DecodeParams& params, const Piece& piece, const Decode
         if (key < sequence.first_key || key > sequence.last_key) continue;
         if (key < diagonal - params.window.left || key > diagonal + params.window.right) continue;
         visible.push_back(key);
-        maximum = std::max(maximum, kLog2e * number_at(1, piece.index, row.head, row.query, key));
+        maximum = std::fmax(maximum, score(key));
       }
     }
     float* const out = buffer.out + i * Config::kHeadDimV;
     std::fill_n(out, Config::kHeadDimV, 0.f);
     buffer.maximum[i] = maximum, buffer.sum[i] = 0.f;
     for (const int key : visible) {
-      const float weight = std::exp2(kLog2e * number_at(1, piece.index, row.head, row.query, key) - maximum);
+      const float weight = std::exp2(score(key) - (maximum == -INFINITY ? 0.f : maximum));
       buffer.sum[i] += weight;
       for (int column = 0; column < params.shape.head_dim_v; ++column) {
         out[column] += weight * number_at(2, piece.index, piece.kv_head, key, column);
@@ -158,8 +184,8 @@ void for_each_thread(const Function& function) {
   }
 }
 
-// call, head dim of v, sinks in thousandths (empty: none), blocks in the order in which they run, as far as that is not
-// their own: the output and the bits of the log-sum-exp
+// call, head dim of v, sinks in thousandths (empty: none), the query whose scores are no numbers (-1: none), blocks in
+// the order in which they run, as far as that is not their own: the output and the bits of the log-sum-exp
 std::string merged(Request& request) {
   using Config = DecodeConfig<64, 4, 4, 2>;
   Call call(request);
@@ -169,6 +195,7 @@ std::string merged(Request& request) {
   std::vector<float> sinks;
   for (const int sink : request.next_list()) sinks.push_back(static_cast<float>(sink) / 1000.f);
   if (!sinks.empty()) params.learnable_sink = sinks.data();
+  const int broken = request.next();
   const int step = request.next();  // from one block to the next: coprime to their number
 
   const int heads = params.shape.heads, rows = params.queries.rows;
@@ -191,7 +218,7 @@ std::string merged(Request& request) {
     const int block = static_cast<int>(number * step % grid.blocks);
     for (const Piece& piece : pieces_of<Config>(params, block)) {
       const DecodeSequence sequence(params, piece.index, Config::kRows, Config::kColumns);
-      attend_on_host<Config>(params, piece, sequence, buffer);
+      attend_on_host<Config>(params, piece, sequence, buffer, broken);
       for_each_thread<Config>([&] { merge_warps<__half>(params, piece, sequence, buffer); });
       if (piece.parts > 1 && finished.at(piece.item)++ == piece.parts - 1) {
         for_each_thread<Config>([&] { load_part_lse<Config>(params, piece, sequence, part_lse.data()); });
@@ -283,6 +310,7 @@ std::string append(Request& request) {
 
 int main() {
   return answer_all({
+      {"alignments", alignments},
       {"append", append},
       {"grid", grid},
       {"merged", merged},

@@ -3,11 +3,20 @@
 
 #include "warp_on_host.h"
 
+// The instruction stays unused under another name.
+#define block_index block_index_in_ptx
+#include "ptx/special_registers.cuh"
+#undef block_index
+namespace flash_attn::ptx {
+inline int block_index() { return static_cast<int>(blockIdx.x); }
+}  // namespace flash_attn::ptx
+
 #include "attention/head_dims.h"
 #include "attention/mask.cuh"
 #include "attention/params.h"
 #include "attention/sequence.cuh"
 #include "attention/shared_tile.cuh"
+#include "attention/sm80/backward_work.cuh"
 #include "attention/sm90/backward_mask.cuh"
 #include "attention/sm90/backward_shared.cuh"
 #include "attention/sm90/backward_work.cuh"
@@ -65,6 +74,14 @@ std::string visible_tiles(Request& request) {
   const int query = request.next(), rows = request.next(), columns = request.next();
   const TileRange range = visible_key_tiles(Sequence(params, 0), params.window, query, rows, columns);
   return json(std::vector<int>{range.begin, range.clean_begin, range.clean_end, range.end});
+}
+
+// sequence, first key, columns, rows
+std::string visible_queries(Request& request) {
+  const AttentionParams params = next_sequence(request);
+  const int key = request.next(), columns = request.next(), rows = request.next();
+  const QueryTiles tiles = visible_query_tiles(Sequence(params, 0), params.window, key, columns, rows);
+  return json(std::vector<int>{tiles.begin, tiles.end});
 }
 
 // sequence, first query, rows, first key, columns
@@ -256,25 +273,38 @@ std::string backward_config(Request& request) {
                               : describe_it(sm90::BackwardConfigOf<HeadDims<128, 128>>::Config{});
 }
 
-// batch, heads, heads of a group, splits of a group, heads that take turns, rows of q, of k, window, cumulative lengths
-// of q, of k (empty: dense): every work in turn, with its visits (head, tile, scratch tile)
-std::string backward_works(Request& request) {
+// A backward in tiles of 64 queries and 128 keys: batch, heads, heads of a group, splits of a group, heads that take
+// turns, rows of q, of k, window, cumulative lengths of q, of k (empty: dense).
+struct Backward {
   using Config = sm90::BackwardConfigOf<HeadDims<128, 128>>::Config;
+  std::vector<int> cu_q, cu_k;
   BackwardParams params{};
-  params.shape = {request.next(), request.next(), request.next(), 128, 128};
-  params.group_splits = request.next();
-  params.head_interleave = request.next();
-  params.queries = dense(request.next());
-  params.keys = dense(request.next());
-  params.window = next_window(request);
-  const std::vector<int> cu_q = request.next_list(), cu_k = request.next_list();
-  if (!cu_q.empty()) {
-    params.queries.cu_seqlens = cu_q.data();
-    params.keys.cu_seqlens = cu_k.data();
+  int works;
+
+  explicit Backward(Request& request) {
+    params.shape = {request.next(), request.next(), request.next(), 128, 128};
+    params.group_splits = request.next();
+    params.head_interleave = request.next();
+    params.queries = dense(request.next());
+    params.keys = dense(request.next());
+    params.window = next_window(request);
+    cu_q = request.next_list(), cu_k = request.next_list();
+    if (!cu_q.empty()) {
+      params.queries.cu_seqlens = cu_q.data();
+      params.keys.cu_seqlens = cu_k.data();
+    }
+    params.query_slots = slot_count(params.queries, params.shape.batch, Config::kRows);
+    params.key_slots = slot_count(params.keys, params.shape.batch, Config::kColumns);
+    works = params.key_slots * (params.shape.heads / params.shape.heads_per_kv_head) * params.group_splits;
   }
-  params.query_slots = slot_count(params.queries, params.shape.batch, Config::kRows);
-  params.key_slots = slot_count(params.keys, params.shape.batch, Config::kColumns);
-  const int works = params.key_slots * (params.shape.heads / params.shape.heads_per_kv_head) * params.group_splits;
+  Backward(const Backward&) = delete;
+};
+
+// backward: every work in turn, with its visits (head, tile, scratch tile)
+std::string backward_works(Request& request) {
+  using Config = Backward::Config;
+  const Backward backward(request);
+  const auto& [cu_q, cu_k, params, works] = backward;
   std::vector<Rows> lanes(kLanes);
   run_warp([&](int lane) {
     for (int position = 0; position < works; ++position) {
@@ -284,6 +314,39 @@ std::string backward_works(Request& request) {
       for (int remaining = work.visits(); remaining > 0; --remaining, work.advance(visit)) {
         const int numbers[] = {visit.head, visit.tile, static_cast<int>(work.scratch_tile(params, visit))};
         row.insert(row.end(), std::begin(numbers), std::end(numbers));
+      }
+      lanes[lane].push_back(row);
+    }
+  });
+  for (const Rows& lane : lanes) {
+    if (lane != lanes[0]) throw std::runtime_error("lanes disagree");
+  }
+  return json(lanes[0]);
+}
+
+// backward: of every block of the deterministic sm80 kernel its visits (scratch tile, its turn to add to that)
+std::string turns(Request& request) {
+  using Config = Backward::Config;
+  Backward backward(request);
+  BackwardParams& params = backward.params;
+  int somewhere = 0;
+  params.dq_turn = &somewhere;
+  std::vector<Rows> lanes(kLanes);
+  run_warp([&](int lane) {
+    for (int block = 0; block < backward.works; ++block) {
+      blockIdx.x = block;
+      const sm80::BackwardWork work(params, Config::kColumns);
+      const Sequence sequence(params, work.index);
+      const int first_query_slot = first_slot(params.queries, work.index, Config::kRows);
+      const QueryTiles visible = visible_query_tiles(sequence, params.window, work.key_tile * Config::kColumns,
+                                                     Config::kColumns, Config::kRows);
+      std::vector<int> row;
+      for (int head = work.first_head(params); head < work.end_head(params); ++head) {
+        for (int tile = visible.begin; tile < visible.end; ++tile) {
+          const int query = tile * Config::kRows;
+          row.push_back(static_cast<int>(sm80::scratch_tile(params, first_query_slot, {head, tile})));
+          row.push_back(work.turn(visible_key_tiles(sequence, params.window, query, Config::kRows, Config::kColumns)));
+        }
       }
       lanes[lane].push_back(row);
     }
@@ -434,6 +497,8 @@ int main() {
       {"stored", stored},
       {"tile_order", tile_order},
       {"transposed", transposed},
+      {"turns", turns},
+      {"visible_queries", visible_queries},
       {"visible_tiles", visible_tiles},
       {"works", works},
   });

@@ -30,9 +30,11 @@ class Case:
     call: Call
     head_dim: int
     sinks: list[int]  # in thousandths
+    broken: int = -1  # the query of each sequence whose scores are no numbers
 
     def request(self) -> tuple[Any, ...]:
-        return ("merged", *self.call.numbers(), self.head_dim, len(self.sinks), *self.sinks, STEPS)
+        sinks = (len(self.sinks), *self.sinks)
+        return ("merged", *self.call.numbers(), self.head_dim, *sinks, self.broken, STEPS)
 
     def check(self, answer: dict[str, Any]) -> None:
         call = self.call
@@ -49,15 +51,18 @@ class Case:
                 continue
             rows = 0 if call.cu_seqlens else index, slice(first, first + count)
             expected_out, expected_lse = self.attention(index, count)
-            torch.testing.assert_close(out[rows].double(), expected_out, atol=2e-3, rtol=1e-3, msg=f"{call}")
-            got = lse[rows[0], :, rows[1]].double()
-            torch.testing.assert_close(got, expected_lse, atol=1e-5, rtol=1e-5, msg=f"{call}")
+            for got, expected, tolerance in (
+                (out[rows].double(), expected_out, {"atol": 2e-3, "rtol": 1e-3}),
+                (lse[rows[0], :, rows[1]].double(), expected_lse, {"atol": 1e-5, "rtol": 1e-5}),
+            ):
+                torch.testing.assert_close(got, expected, **tolerance, equal_nan=True, msg=f"{call}")
 
     def attention(self, index: int, count: int) -> tuple[Tensor, Tensor]:
         call, keys = self.call, torch.arange(self.call.capacity)
         heads = torch.arange(call.heads)
         queries = torch.arange(count)
         scores = numbers_at(1, index, heads[:, None, None], queries[:, None], keys)
+        scores = scores.masked_fill((queries == self.broken)[:, None], torch.nan)
         scores = scores.masked_fill(~call.mask(index), -torch.inf)
         values = numbers_at(
             2, index, (heads // call.group)[:, None, None], keys[:, None], torch.arange(self.head_dim)
@@ -70,6 +75,7 @@ class Case:
             torch.where(lse.isneginf(), 0.0, 1.0)[..., None]
             * (scores - lse[..., None]).nan_to_num(-torch.inf).exp()
         )
+        weights[lse.isnan()] = torch.nan
         return (weights @ values).transpose(0, 1), lse
 
 
@@ -84,23 +90,36 @@ def cases(count: int, **options: Any) -> list[Case]:
     return result
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"multiprocessors": 1},
-        {"multiprocessors": 7},
-        {"multiprocessors": 33},
-        {"num_splits": 1},
-        {"num_splits": 4},
-        {"batch_invariant": True},
-    ],
-    ids=str,
-)
+KINDS_OF_PARTS: list[dict[str, Any]] = [
+    {"multiprocessors": 1},
+    {"multiprocessors": 7},
+    {"multiprocessors": 33},
+    {"num_splits": 1},
+    {"num_splits": 4},
+    {"batch_invariant": True},
+]
+
+
+@pytest.mark.parametrize("options", KINDS_OF_PARTS, ids=str)
 def test_parts_become_the_attention_of_all_keys(decode_host: Host, options: dict[str, Any]) -> None:
     random.seed(0)
     chosen = cases(12, **options)
     for case, answer in zip(chosen, decode_host([case.request() for case in chosen]), strict=True):
         case.check(answer)
+
+
+@pytest.mark.parametrize("options", KINDS_OF_PARTS[1:5], ids=str)
+def test_scores_that_are_no_numbers_show_in_the_output(decode_host: Host, options: dict[str, Any]) -> None:
+    """A query that overflowed must not come out as one that sees nothing."""
+    random.seed(1)
+    chosen = cases(8, **options)
+    for case in chosen:
+        case.broken = random.randrange(2)
+    answers = decode_host([case.request() for case in chosen])
+    for case, answer in zip(chosen, answers, strict=True):
+        case.check(answer)
+    bits = torch.tensor([bit for answer in answers for bit in answer["lse"]], dtype=torch.int32)
+    assert bits.view(torch.float32).isnan().any()
 
 
 def test_a_long_item_in_many_parts(decode_host: Host) -> None:

@@ -149,6 +149,36 @@ def test_parts_of_fixed_size_cover_every_item_once_and_are_the_same_in_every_bat
     assert ranges(alone, 0) == ranges(among, 1)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_splits": 2}, {"batch_invariant": True}], ids=str)
+def test_cumulative_lengths_that_fall_have_no_more_items(decode_host: Host, options: dict[str, Any]) -> None:
+    """Their rows, counted again and again, may be more than the scratch is for."""
+    call = Call(
+        heads=4, group=2, rows=90, capacity=300, left=-1, right=0, lengths=[300, 40, 200, 300, 9],
+        cu_seqlens=[0, 90, 0, 90, -5, 90], **options,
+    )  # fmt: skip
+    (answer,) = decode_host([("plan", 64, *call.numbers())])
+    _, items, slots = answer["grid"]
+    pieces = list(itertools.chain.from_iterable(answer["blocks"]))
+    assert pieces and all(0 <= number < items for (_, _, _, number, *_), _ in pieces)
+    assert all(0 <= slot < slots for (*_, part, _), places in pieces for slot in places[: part + 1])
+
+
+def test_long_queries_are_aligned_as_few_ones_are(decode_host: Host) -> None:
+    """They take other kernels. Keys that the cache has no room for count for the alignment."""
+    random.seed(0)
+    calls = [call for _, call in some_calls(60, (1, 3, 40))]
+    for call in calls:
+        call.leftpad, call.left, call.right = [], -1, -1
+    overfull = 0
+    for call, answers in zip(
+        calls, decode_host([("alignments", *call.numbers()) for call in calls]), strict=True
+    ):
+        for keys, shift, keys_of_long, shift_of_long in answers:
+            assert (max(keys, 0), shift) == (keys_of_long, shift_of_long), call
+        overfull += sum(call.length(index) > call.capacity for index in range(len(call.lengths)))
+    assert overfull > 10
+
+
 def test_tiles_are_counted_in_32_bits(decode_host: Host) -> None:
     """Long queries to long caches: 8 sequences of 128 Ki rows and keys have 2^30 tiles of keys for each head."""
     long = Call(heads=64, group=8, rows=131_072, capacity=131_072, left=-1, right=0, lengths=[131_072] * 8)

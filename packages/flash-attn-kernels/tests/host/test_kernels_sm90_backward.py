@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +124,37 @@ def test_every_key_tile_and_head_is_done_once(
             for split in range(splits):
                 for tile in range(-(-keys // COLUMNS)):
                     assert owners[index, kv_head, split, tile] == 1
+
+
+@pytest.mark.parametrize("window", [UNBOUNDED, (-1, 0, 0), (70, 5, 0), (40, 0, 1), (130, -1, 0)])
+@pytest.mark.parametrize("heads, group, splits, interleave", [(2, 1, 1, 1), (6, 3, 2, 4), (4, 2, 1, 100)])
+@pytest.mark.parametrize(
+    "cu_q, cu_k",
+    [((), ()), ((0, 100, 100, 400, 400, 529), (0, 130, 400, 400, 528, 700))],
+    ids=["dense", "packed"],
+)
+def test_a_deterministic_block_waits_for_no_later_one(
+    host: Callable[..., list[Any]],
+    window: tuple[int, int, int],
+    heads: int,
+    group: int,
+    splits: int,
+    interleave: int,
+    cu_q: tuple[int, ...],
+    cu_k: tuple[int, ...],
+) -> None:
+    """Blocks start in order: those that add to one tile of dQ have the turns 0, 1, 2 ..., so that none is stuck."""
+    batch, rows = (len(cu_q) - 1, (600, 750)) if cu_q else (2, (300, 400))
+    lists = (len(cu_q), *cu_q, len(cu_k), *cu_k)
+    shape = (batch, heads, group, splits, interleave)
+    blocks, works = host([(name, *shape, *rows, *window, *lists) for name in ("turns", "backward_works")])
+    turns: dict[int, list[int]] = defaultdict(list)
+    for numbers in blocks:
+        for place, turn in zip(numbers[::2], numbers[1::2], strict=True):
+            turns[place].append(turn)
+    assert all(of_tile == list(range(len(of_tile))) for of_tile in turns.values())
+    visits = Counter(place for _, _, _, _, *numbers in works for place in numbers[2::3])
+    assert {place: len(of_tile) for place, of_tile in turns.items()} == visits
 
 
 def test_long_key_tiles_come_first_under_a_causal_mask(host: Callable[..., list[Any]]) -> None:

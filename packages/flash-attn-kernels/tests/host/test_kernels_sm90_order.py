@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -104,6 +105,22 @@ def test_packed_rows_are_computed_once(
         for index, stored in enumerate(stored_rows):
             expected = [(first, stored) for first in range(0, stored, tile_rows)][::-1]
             assert first_queries.get((index, head), []) == expected
+
+
+def test_cumulative_lengths_that_fall_lead_nowhere_outside(host: Callable[..., list[Any]]) -> None:
+    """What is stored for each tile lies in the tensors, whatever the lengths say."""
+    random.seed(0)
+    tile_rows, _ = tile_of_works(host)
+    rows, heads, requests = 2000, 1, []
+    for _ in range(30):
+        cu = [random.choice((0, 10, 20, rows, rows + 500, -7, random.randrange(rows))) for _ in range(6)]
+        for lengths in ([0, rows, 10, 20, *cu], [*cu, rows, rows], [0, *cu] * 7):
+            lists = (len(lengths), *lengths) * 2
+            requests.append(("works", len(lengths) - 1, heads, rows, rows, -1, -1, 0, *lists))
+    for works in host(requests):
+        for _, _, first_query, stored, first_q, *_ in works:
+            assert first_query >= 0 and first_q + min(first_query, stored) >= 0
+            assert first_q + min(first_query + tile_rows, stored) <= rows
 
 
 def test_sections_stay_in_the_cache_or_fill_the_device(host: Callable[..., list[Any]]) -> None:

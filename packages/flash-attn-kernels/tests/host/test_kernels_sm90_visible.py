@@ -14,6 +14,7 @@ from torch import Tensor
 
 ROWS = (64, 128, 192)
 COLUMNS = (64, 80, 96, 112, 128)
+LONGEST = 2**30 - 256  # kMaxSeqlen
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,65 @@ def test_one_tile_is_clean(host: Callable[..., list[Any]]) -> None:
         requests.append(("clean", *astuple(rule), query, rows, key, columns))
         expected.append(int(rule.mask(query + rows, key + columns)[query:, key:].all()))
     assert host(requests) == expected and 0 < sum(expected) < len(expected)
+
+
+def check_query_tiles(host: Callable[..., list[Any]], rules: list[Rule], rows: int, columns: int) -> None:
+    """Tiles of queries and of keys name each other: a block of keys visits just the tiles that wait for it."""
+    queries = [(rule, m) for rule in rules for m in range(-(-rule.seqlen_q // rows))]
+    keys = [(rule, n) for rule in rules for n in range(-(-rule.seqlen_k // columns))]
+    seen = host([("visible_tiles", *astuple(rule), m * rows, rows, columns) for rule, m in queries])
+    visited = host([("visible_queries", *astuple(rule), n * columns, columns, rows) for rule, n in keys])
+    by_queries = {
+        (rule, m, n)
+        for (rule, m), (begin, _, _, end) in zip(queries, seen, strict=True)
+        for n in range(begin, end)
+    }
+    by_keys = {
+        (rule, m, n) for (rule, n), (begin, end) in zip(keys, visited, strict=True) for m in range(begin, end)
+    }
+    assert by_queries == by_keys, (rows, columns, by_queries ^ by_keys)
+
+
+def test_query_tiles_are_those_that_see_a_key_tile(host: Callable[..., list[Any]]) -> None:
+    check_query_tiles(host, all_rules(8), 4, 3)
+    for rows, columns in ((128, 128), (64, 128), (64, 96)):
+        check_query_tiles(host, some_rules(150, 700), rows, columns)
+
+
+@pytest.mark.parametrize(
+    "lengths", [(LONGEST, 1), (1, LONGEST), (LONGEST, LONGEST), (300, LONGEST), (LONGEST, 300)]
+)
+def test_nothing_overflows_at_the_longest_sequences(
+    host: Callable[..., list[Any]], lengths: tuple[int, int]
+) -> None:
+    """Ranges, clean tiles and masks at both ends, with unbounded sides that are larger than every distance."""
+    rows, columns = 192, 128
+    seqlen_q, seqlen_k = lengths
+    last_query, last_key = (
+        (length - 1) // tile * tile for length, tile in zip(lengths, (rows, columns), strict=True)
+    )
+    for sides, top_left in product(((-1, -1), (-1, 0), (0, -1), (LONGEST, LONGEST)), (0, 1)):
+        rule = Rule(seqlen_q, seqlen_k, *sides, top_left)
+        places = list(product((0, last_query), (0, last_key)))
+        ranges = host([("visible_tiles", *astuple(rule), query, rows, columns) for query, _ in places])
+        visits = host([("visible_queries", *astuple(rule), key, columns, rows) for _, key in places])
+        for (query, key), (begin, _, _, end), (first, behind) in zip(places, ranges, visits, strict=True):
+            corners = product(
+                {query, min(query + rows, seqlen_q) - 1}, {key, min(key + columns, seqlen_k) - 1}
+            )
+            if any(rule.sees(*corner) for corner in corners):
+                assert begin <= key // columns < end and first <= query // rows < behind, (rule, query, key)
+        for begins in (0, 1) if rule.left < 0 else (1,):
+            rows_of = host([("masked", *astuple(rule), begins, *place) for place in places])
+            of_keys = host(
+                [("masked_transposed", *astuple(rule), begins, key, query) for query, key in places]
+            )
+            for (query, key), kept, transposed in zip(places, rows_of, of_keys, strict=True):
+                for j, e in product(range(6), range(4)):
+                    i, at = query + 8 * (e // 2), key + 8 * j + e % 2
+                    assert bool(kept[j][e]) == (at < seqlen_k and rule.sees(i, at)), (rule, i, at)
+                    i, at = query + 8 * j + e % 2, key + 8 * (e // 2)
+                    assert bool(transposed[j][e]) == (at < seqlen_k and rule.sees(i, at)), (rule, i, at)
 
 
 def test_ranges_of_long_sequences_do_not_overflow(host: Callable[..., list[Any]]) -> None:

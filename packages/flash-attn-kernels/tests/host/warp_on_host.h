@@ -100,6 +100,7 @@ inline uint32_t __ballot_sync(uint32_t, bool predicate) {
 }
 
 inline int __popc(uint32_t value) { return std::popcount(value); }
+inline int __clz(int value) { return std::countl_zero(static_cast<uint32_t>(value)); }
 inline int __ffs(uint32_t value) { return value == 0 ? 0 : std::countr_zero(value) + 1; }
 
 // Named by kernels, not called here.

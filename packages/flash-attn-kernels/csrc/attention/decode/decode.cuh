@@ -106,11 +106,11 @@ struct Normalised {
   __device__ __forceinline__ Normalised(const DecodeParams& params, const Piece& piece, int head, float lse_log2) {
     const bool has_sink = params.learnable_sink != nullptr && piece.index < params.shape.batch;
     const float sink = has_sink ? params.learnable_sink[head] * kLog2e : -INFINITY;
-    const float top = fmaxf(lse_log2, sink);
-    if (top == -INFINITY) {
+    if (lse_log2 == -INFINITY && sink == -INFINITY) {
       factor = 0.f, lse = -INFINITY;
       return;
     }
+    const float top = fmaxf(lse_log2, sink);
     const float total = top + __log2f(ptx::exp2(lse_log2 - top) + ptx::exp2(sink - top));
     factor = sink == -INFINITY ? 1.f : ptx::exp2(lse_log2 - total);
     lse = (sink == -INFINITY ? lse_log2 : total) * (1.f / kLog2e);
@@ -251,6 +251,10 @@ __device__ __forceinline__ void for_each_chunk(const DecodeParams& params, const
   }
 }
 
+// What is subtracted from exponents whose largest is `top`: there may be none, and yet sums that are no numbers, which
+// must stay in sight.
+__device__ __forceinline__ float exponent_shift(float top) { return top == -INFINITY ? 0.f : top; }
+
 // Merges what the warps have: into the output, or into the piece's slot if the item has other parts.
 template <typename Element, typename Config>
 __device__ __forceinline__ void merge_warps(const DecodeParams& params, const Piece& piece,
@@ -258,13 +262,17 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& params, const Pi
   const int64_t first_slot_row = int64_t{piece.slot(piece.part)} * Config::kRows;
   for_each_chunk<Config>(params, piece, sequence, [&](int tile_row, const ItemRow& row, int column) {
     float top = -INFINITY;
+    bool is_empty = true;
 #pragma unroll
-    for (int w = 0; w < Config::kWarps; ++w) top = fmaxf(top, buffer.maximum[w * Config::kRows + tile_row]);
+    for (int w = 0; w < Config::kWarps; ++w) {
+      top = fmaxf(top, buffer.maximum[w * Config::kRows + tile_row]);
+      is_empty &= buffer.sum[w * Config::kRows + tile_row] == 0.f;
+    }
     float total = 0.f, values[8] = {};
-    if (top != -INFINITY) {
+    if (!is_empty) {
 #pragma unroll
       for (int w = 0; w < Config::kWarps; ++w) {
-        const float weight = ptx::exp2(buffer.maximum[w * Config::kRows + tile_row] - top);
+        const float weight = ptx::exp2(buffer.maximum[w * Config::kRows + tile_row] - exponent_shift(top));
         total = fmaf(weight, buffer.sum[w * Config::kRows + tile_row], total);
         const float* source = buffer.out + (w * Config::kRows + tile_row) * Config::kHeadDimV + column;
 #pragma unroll
@@ -274,7 +282,7 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& params, const Pi
 #pragma unroll
       for (int c = 0; c < 8; ++c) values[c] *= inverse;
     }
-    const float lse_log2 = top == -INFINITY ? -INFINITY : top + __log2f(total);
+    const float lse_log2 = is_empty ? -INFINITY : top + __log2f(total);
     if (piece.parts > 1) {
       float4* target =
           reinterpret_cast<float4*>(params.out_partial + (first_slot_row + tile_row) * Config::kHeadDimV + column);
@@ -311,12 +319,16 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& params, const Pi
   for_each_chunk<Config>(params, piece, sequence, [&](int tile_row, const ItemRow& row, int column) {
     const float* const lse = part_lse + tile_row * piece.parts;
     float top = -INFINITY;
-    for (int part = 0; part < piece.parts; ++part) top = fmaxf(top, lse[part]);
+    bool is_empty = true;
+    for (int part = 0; part < piece.parts; ++part) {
+      top = fmaxf(top, lse[part]);
+      is_empty &= lse[part] == -INFINITY;
+    }
     float total = 0.f, values[8] = {};
-    if (top != -INFINITY) {
+    if (!is_empty) {
 #pragma unroll 8
       for (int part = 0; part < piece.parts; ++part) {
-        const float weight = ptx::exp2(lse[part] - top);
+        const float weight = ptx::exp2(lse[part] - exponent_shift(top));
         const int64_t slot_row = int64_t{piece.slot(part)} * Config::kRows + tile_row;
         const float4* source =
             reinterpret_cast<const float4*>(params.out_partial + slot_row * Config::kHeadDimV + column);
@@ -327,8 +339,8 @@ __device__ __forceinline__ void merge_parts(const DecodeParams& params, const Pi
         for (int c = 0; c < 8; ++c) values[c] = fmaf(weight, parts[c], values[c]);
       }
     }
-    const Normalised normalised(params, piece, row.head, top == -INFINITY ? -INFINITY : top + __log2f(total));
-    const float factor = total > 0.f ? __fdividef(normalised.factor, total) : 0.f;
+    const Normalised normalised(params, piece, row.head, is_empty ? -INFINITY : top + __log2f(total));
+    const float factor = is_empty ? 0.f : __fdividef(normalised.factor, total);
 #pragma unroll
     for (int c = 0; c < 8; ++c) values[c] *= factor;
     store_row_chunk<Element>(params, piece, sequence, row, column, values);

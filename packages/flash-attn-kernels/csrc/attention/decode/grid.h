@@ -27,6 +27,7 @@ DecodeGrid decode_grid(DecodeParams& params, int64_t num_splits, bool batch_inva
   const int64_t kv_heads = params.shape.heads / group, items = row_tiles * kv_heads;
   const int64_t key_tiles = (int64_t{params.cache.capacity} + Config::kColumns - 1) / Config::kColumns;
   params.num_splits = params.tiles_per_part = 0;
+  params.items = static_cast<int>(std::min<int64_t>(items, INT_MAX));
   const auto ranges = [&](int64_t blocks) {
     return static_cast<int>(std::clamp<int64_t>(blocks / kv_heads, 1, Config::kMostParts));
   };

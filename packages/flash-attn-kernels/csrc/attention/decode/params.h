@@ -59,6 +59,7 @@ struct DecodeParams {
   // tiles_per_part, at multiples of so many tiles, whatever else is in the batch.
   int num_splits, tiles_per_part;
   int ranges;           // of equal size, one for each block of a key-value head
+  int items;            // that there is room for
   float* out_partial;   // (slots, rows, head dim of v), normalised
   float* lse_partial;   // (slots, rows), base 2
   int* finished_parts;  // (items), zeroed

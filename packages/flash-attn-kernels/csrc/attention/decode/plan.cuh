@@ -113,7 +113,7 @@ class DecodePlan {
         const int source = __ffs(found) - 1;
         piece.index = base + source;
         place(piece, __shfl_sync(0xffffffffu, begin, source), __shfl_sync(0xffffffffu, row_tile, source));
-        return true;
+        return piece.item < params_.items;  // or cumulative lengths fall, and count rows again and again
       }
       first_unit += warp_sum(count), first_row_tile += warp_sum(row_tiles);
     }

@@ -119,8 +119,7 @@ __device__ __forceinline__ void consume_backward(const BackwardKernelParams& par
   const int thread = threadIdx.x % ptx::kWarpgroupThreads, lane = thread % 32;
   const int tile_key = Config::kConsumerColumns * consumer + thread / 32 * 16;  // of the warp
   const bool signals = thread == 0;  // for all, since products end for the whole warpgroup at once
-  const bool ragged_queries = attention.queries.cu_seqlens != nullptr || attention.queries.seqused != nullptr;
-  const bool ragged_keys = attention.keys.cu_seqlens != nullptr || attention.keys.seqused != nullptr;
+  const bool ragged_queries = has_rows_behind(attention.queries), ragged_keys = has_rows_behind(attention.keys);
   const uint64_t key_rows = row_descriptor(shared.key_tile() + consumer * kConsumerBytes);
   const uint64_t value_rows = row_descriptor(shared.value_tile() + consumer * kConsumerBytes);
   const uint64_t key_panels =

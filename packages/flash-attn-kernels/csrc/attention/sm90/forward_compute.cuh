@@ -63,7 +63,7 @@ __device__ __forceinline__ void consume(const ForwardKernelParams& params, const
   const int thread = threadIdx.x % ptx::kWarpgroupThreads, lane = thread % 32;
   const int tile_row = Config::kConsumerRows * consumer + thread / 32 * 16 + lane / 4;
   const bool signals = thread == 0;  // for all, since products end for the whole warpgroup at once
-  const bool packed = attention.queries.cu_seqlens != nullptr;
+  const bool ragged_keys = has_rows_behind(attention.keys);
   const float scale_log2 = kSoftcap ? 1.f : attention.softmax_scale_log2;
   Cursor<Config::kWorkStages> cursor;
   Cursor<Config::kQueryStages> query;
@@ -103,14 +103,18 @@ __device__ __forceinline__ void consume(const ForwardKernelParams& params, const
     const auto release_queries = [&] {
       if (signals) shared.queries.release(query);
     };
+    // One thread signals for all four warps. Products make them meet; without, a slow warp could find the phase that it
+    // waits for over and the next one too, and wait for ever.
+    const auto meet = [&] { ptx::named_barrier_wait(kWarpgroup + consumer, ptx::kWarpgroupThreads); };
     const auto skip = [&](int tiles) {
 #pragma unroll 1
       for (; tiles > 0; --tiles) {
         wait_turn();
         pass_turn();
         shared.keys.wait_full(key);
-        release_keys();
         shared.values.wait_full(value);
+        meet();
+        release_keys();
         release_values();
       }
     };
@@ -144,6 +148,7 @@ __device__ __forceinline__ void consume(const ForwardKernelParams& params, const
 
     shared.queries.wait_full(query);
     if (range.begin >= range.end) {  // other consumers' rows see something
+      meet();
       release_queries();
       skip(work.range.end - work.range.begin);
     } else {
@@ -162,7 +167,7 @@ __device__ __forceinline__ void consume(const ForwardKernelParams& params, const
         to_probabilities(scores, n);
         pack<Element>(probabilities, scores[0]);
       }
-      if (packed && range.end * Config::kColumns > work.sequence.seqlen_k) {
+      if (ragged_keys && range.end * Config::kColumns > work.sequence.seqlen_k) {
         shared.values.wait_full(value);
         clear_rows(ValueTile{shared.value_tile(value.stage)}, work.sequence.seqlen_k - n * Config::kColumns, consumer);
       }

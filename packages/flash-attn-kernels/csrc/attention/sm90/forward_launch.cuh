@@ -19,7 +19,7 @@ TensorMaps tensor_maps(const ForwardParams& params, bool bfloat16) {
   const int kv_heads = shape.heads / shape.heads_per_kv_head;
   TensorMaps maps;
   maps.q = tensor_map(params.q, {shape.head_dim, params.queries.rows, shape.heads, matrices}, Config::kRows, bfloat16);
-  if (params.keys.rows > 0) {
+  if (params.keys.rows > 0 && key_matrices > 0) {
     maps.k =
         tensor_map(params.k, {shape.head_dim, params.keys.rows, kv_heads, key_matrices}, Config::kColumns, bfloat16);
     maps.v =
