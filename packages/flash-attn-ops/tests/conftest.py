@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from flash_attn_ops.dispatch import TRITON_INTERPRETS
+from flash_attn_ops.norm import tiles
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,3 +31,12 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def many_norm_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows are taken for many, so that small tests see what large inputs see. Tiles of one test, which changes
+    limits, are not remembered for another."""
+    for name in ("forward_tile", "backward_tile", "backward_tile_of_few_rows", "backward_plan"):
+        monkeypatch.setattr(tiles, name, getattr(tiles, name).__wrapped__)
+    monkeypatch.setattr(tiles, "MAX_VALUES_OF_ONE_PROGRAM", 0)

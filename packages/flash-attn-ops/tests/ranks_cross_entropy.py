@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from flash_attn_ops.cross_entropy import cross_entropy
+from flash_attn_ops.distributed import Group, resolve_group
 from flash_attn_ops.linear_cross_entropy import linear_cross_entropy
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 CLASSES, ROWS, HIDDEN = 21, 6, 5
 LABELS = torch.tensor([0, -100, 20, 7, 11, 5])
@@ -105,6 +107,21 @@ def test_linear_cross_entropy(shards: str, options: dict, group: dist.ProcessGro
     torch.testing.assert_close(d_hidden, expected[1])
     check_columns(d_weight.t(), expected[2].t(), mine)
     check_columns(d_bias[None], expected[3][None], mine)
+
+
+def test_groups_in_any_form(group: dist.ProcessGroup, device: str) -> None:
+    """As tensor-parallel layers take them."""
+    mine, _, width, _ = arguments_for("even", group)
+    wide, labels = random(ROWS, width, device=device), LABELS.to(device)
+    expected = cross_entropy(wide[:, mine], labels, process_group=group)
+    mesh = init_device_mesh(device, (group.size(),))
+    for other in (resolve_group(group), mesh):
+        assert torch.equal(cross_entropy(wide[:, mine], labels, process_group=other), expected)
+        hidden, weight = random(ROWS, HIDDEN, device=device), random(width, HIDDEN, device=device)[mine]
+        loss = linear_cross_entropy(hidden, weight, labels, process_group=other)
+        assert torch.equal(loss, linear_cross_entropy(hidden, weight, labels, process_group=group))
+    with pytest.raises(ValueError, match=r"process_group: got Group.*; expected a ProcessGroup"):
+        cross_entropy(wide[:, mine], labels, process_group=Group("of nobody", 2, 0))
 
 
 def test_rejected_arguments(group: dist.ProcessGroup, device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from flash_attn_ops.activations import swiglu
 from flash_attn_ops.distributed import (
     Group,
     RngStream,
@@ -31,8 +32,10 @@ from flash_attn_ops.distributed import (
     sync_shared_params,
     take_shard,
 )
+from flash_attn_ops.norm import rms_norm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 
 def integers(shape: tuple[int, ...], seed: int, device: str) -> Tensor:
@@ -116,6 +119,24 @@ def test_gradients_are_differentiable(group, device: str) -> None:
     weights = of_all_ranks([(2, 3)] * me.size, 3, device)
     (second,) = torch.autograd.grad(gradient, upstream, weights[me.rank])
     assert torch.equal(second, torch.cat(weights))
+
+
+def test_dtensors_are_taken(group, device: str) -> None:
+    """They have no memory of their own for kernels to read: torch's operations know what to do."""
+    mesh = init_device_mesh(device, (group.size(),))
+    x = torch.randn(2 * group.size(), 8, device=device)
+    leaves = [x.requires_grad_(), torch.ones(8, device=device, requires_grad=True)]
+    cuts = (Shard(0), Replicate())
+    spread = [distribute_tensor(leaf.detach(), mesh, [cut]) for leaf, cut in zip(leaves, cuts, strict=True)]
+    out, expected = (
+        swiglu(rms_norm(*tensors), order="gate_value")
+        for tensors in ([tensor.requires_grad_() for tensor in spread], leaves)
+    )
+    torch.testing.assert_close(out.full_tensor(), expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for tensor, leaf in zip(spread, leaves, strict=True):
+        torch.testing.assert_close(tensor.grad.full_tensor(), leaf.grad)
 
 
 def test_asynchronous(group, device: str) -> None:

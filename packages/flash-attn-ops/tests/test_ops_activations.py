@@ -197,10 +197,14 @@ def test_compiles_to_one_graph() -> None:
 
 
 def test_autocast_changes_nothing() -> None:
-    x = torch.randn(5, 8)
+    x, bias = torch.randn(5, 8), torch.randn(8)
+
+    def every() -> list[Tensor]:
+        return [*(activate(x, name, bias) for name in ACTIVATIONS), swiglu(x, order="gate_value")]
+
+    expected = every()
     with torch.autocast("cpu", dtype=BF16):
-        assert torch.equal(gelu(x), gelu(x)) and gelu(x).dtype == FP32
-        assert swiglu(x, order="gate_value").dtype == FP32
+        assert all(torch.equal(ours, outside) for ours, outside in zip(every(), expected, strict=True))
 
 
 def test_modules_are_the_functions() -> None:
@@ -219,6 +223,10 @@ X = torch.ones(5, 8)
     [
         (lambda: activate(X, "tanh"), r"activation: got 'tanh'; expected one of 'gelu'"),
         (lambda: Activation("tanh"), r"activation: got 'tanh'"),
+        (lambda: Activation(["gelu"]), r"activation: got \['gelu'\]"),
+        (lambda: gelu(X.to(torch.float8_e4m3fn)), r"x: got torch.float8_e4m3fn; .* of 16 bits or more"),
+        (lambda: gelu(None), r"x: got None; expected a torch.Tensor"),
+        (lambda: swiglu(None, order="gate_value"), r"gate: got None; expected a torch.Tensor"),
         (lambda: gelu(X, "erf"), r"approximate: got 'erf'; expected 'none' or 'tanh'"),
         (lambda: gelu(X.long()), r"x: got torch.int64; expected a floating-point dtype"),
         (lambda: bias_gelu(X, X[0, :7]), r"bias: got shape \(7,\); expected \(8,\)"),

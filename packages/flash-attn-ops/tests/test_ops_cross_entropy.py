@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from flash_attn_kernels.testing import assert_within_reference_error
 from flash_attn_ops.cross_entropy import CrossEntropyLoss, cross_entropy
+from flash_attn_ops.distributed import Group
 from torch import Tensor
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -276,6 +277,11 @@ def test_labels_are_validated_on_request(monkeypatch: pytest.MonkeyPatch) -> Non
     assert cross_entropy(logits, torch.tensor([7, 1]), validate=False).isnan()
 
 
+def test_a_group_of_one_process_is_none() -> None:
+    logits = torch.randn(5, 7)
+    assert torch.equal(cross_entropy(logits, LABELS, process_group=Group()), cross_entropy(logits, LABELS))
+
+
 LOGITS = torch.ones(5, 7)
 
 
@@ -300,6 +306,13 @@ LOGITS = torch.ones(5, 7)
         ({"reduction": "avg"}, r"reduction: got 'avg'; expected 'none', 'mean' or 'sum'"),
         ({"label_smoothing": 1.5}, r"label_smoothing: got 1.5; expected a number in \[0, 1\]"),
         ({"logit_scale": float("inf")}, r"logit_scale: got inf; expected a finite number"),
+        ({"logit_scale": torch.tensor(2.0)}, r"logit_scale: got Tensor; expected a number"),
+        ({"logit_scale": torch.ones((), requires_grad=True)}, r"logit_scale: got Tensor; .*no gradient"),
+        ({"label_smoothing": None}, r"label_smoothing: got NoneType; expected a number"),
+        ({"z_loss": "0.1"}, r"z_loss: got str; expected a number"),
+        ({"logits": None}, r"logits: got None; expected a torch.Tensor"),
+        ({"process_group": "tp"}, r"process_group: got str; expected a ProcessGroup"),
+        ({"process_group": Group("", 2, 0)}, r"process_group: got Group.*; expected a ProcessGroup"),
         ({"z_loss": -0.1}, r"z_loss: got -0.1; expected a finite number >= 0"),
         ({"precomputed_lse": torch.ones(4)}, r"precomputed_lse: got shape \(4,\); expected \(5,\)"),
         ({"precomputed_lse": torch.ones(5).long()}, r"precomputed_lse: got torch.int64"),

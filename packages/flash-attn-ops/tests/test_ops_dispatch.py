@@ -8,9 +8,22 @@ from unittest import mock
 import pytest
 import torch
 from flash_attn_ops import dispatch
+from flash_attn_ops.activations import swiglu
+from flash_attn_ops.cross_entropy import cross_entropy
 from flash_attn_ops.dispatch import choose, explain, once_for_like_calls, runs_on_triton
+from flash_attn_ops.fused_dense import linear, mlp
 from flash_attn_ops.launch import ceil_div, next_power_of_2
 from flash_attn_ops.library import once_differentiable
+from flash_attn_ops.linear_cross_entropy import linear_cross_entropy
+from flash_attn_ops.norm import rms_norm
+from flash_attn_ops.rotary import apply_rotary_emb
+from flash_attn_ops.tensor_parallel import (
+    ParallelFusedMLP,
+    VocabParallelEmbedding,
+    column_parallel_linear,
+    row_parallel_linear,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 HALF = (torch.bfloat16, torch.float32)
 
@@ -61,6 +74,40 @@ def test_a_cuda_tensor_on_the_slow_path_warns_once() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert not runs_on_triton("rms_norm", tensor, None)
+
+
+def functions_of_tensors() -> None:
+    """One call of each family, forward and backward, by torch's operations alone."""
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    square, labels = torch.randn(8, 8, requires_grad=True), torch.zeros(4, dtype=torch.int64)
+    table = torch.randn(4, 2)
+    heads, boundaries = x.view(4, 2, 4), torch.zeros(3, dtype=torch.int32)
+    losses = [
+        rms_norm(x, weight).sum(),
+        swiglu(x, x).sum(),
+        apply_rotary_emb(heads, table, table, cu_seqlens=boundaries).sum(),
+        apply_rotary_emb(heads, table, table, position_ids=labels).sum(),
+        apply_rotary_emb(heads[None], table, table, seqlen_offsets=labels[:1]).sum(),
+        cross_entropy(x, labels, z_loss=0.1),
+        linear_cross_entropy(x, square, labels, chunk_rows=3),
+        mlp(x, square, square).sum(),
+        VocabParallelEmbedding(4, 8)(labels).sum(),
+    ]
+    sum(losses).backward()
+
+
+def test_tensors_without_memory_are_taken_by_torch_alone() -> None:
+    """Those of FakeTensorMode, or a DTensor: their address is 0, which a kernel would read from."""
+    with FakeTensorMode():
+        functions_of_tensors()
+        fake = torch.empty(2)
+    with (
+        mock.patch.object(dispatch, "TRITON_INTERPRETS", True),
+        mock.patch.object(dispatch, "TRITON_INSTALLED", True),
+    ):
+        choice = explain(fake)
+        assert choice.path == "reference" and "FakeTensor has no memory of its own" in choice.reason
+        assert explain(torch.empty(2)).path == explain(torch.nn.Parameter(torch.empty(2))).path == "triton"
 
 
 def test_nothing_to_compute_launches_nothing() -> None:
@@ -119,6 +166,23 @@ def test_decisions_take_bounded_memory() -> None:
     assert len(known) <= 3
 
 
+def test_a_tensor_may_be_two_arguments_of_a_compiled_function() -> None:
+    """Which the compiler does not take from an autograd function."""
+
+    def function(x: torch.Tensor, square: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        x = mlp(x, square, square, bias, bias)
+        return column_parallel_linear(linear(x, x), square)
+
+    tensors = [torch.randn(shape, requires_grad=True) for shape in ((4, 4), (4, 4), (4,))]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    out, expected = compiled(*tensors), function(*tensors)
+    torch.testing.assert_close(out, expected)
+    for ours, eager in zip(
+        torch.autograd.grad(out.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True
+    ):
+        torch.testing.assert_close(ours, eager)
+
+
 def test_a_backward_of_kernels_is_refused_a_backward() -> None:
     class Double(torch.autograd.Function):
         @staticmethod
@@ -135,3 +199,25 @@ def test_a_backward_of_kernels_is_refused_a_backward() -> None:
     (gradient,) = torch.autograd.grad(Double.apply(x).pow(2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: linear(x, x.detach().requires_grad_()),
+        lambda x: mlp(x, x.detach().requires_grad_(), x.detach()),
+        lambda x: cross_entropy(x, torch.arange(4)),
+        lambda x: linear_cross_entropy(x, x.detach().requires_grad_(), torch.arange(4)),
+        lambda x: linear_cross_entropy(x, x.detach(), torch.arange(4), reduction="none"),
+        lambda x: column_parallel_linear(x, x.detach().requires_grad_()),
+        lambda x: row_parallel_linear(x, x.detach().requires_grad_()),
+        lambda x: ParallelFusedMLP(4, checkpoint_lvl=1)(x),
+    ],
+)
+def test_a_second_derivative_is_not_taken_for_zero(function) -> None:
+    """Under a sum the upstream gradient is a constant, but the gradient is none: a penalty on it must not be lost."""
+    x = torch.randn(4, 4, requires_grad=True)
+    loss = function(x).sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (loss + gradient.square().sum()).backward()

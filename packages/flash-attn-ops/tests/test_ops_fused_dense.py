@@ -241,11 +241,19 @@ def cublaslt_in_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield ran
 
 
+def use_plan(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
+    """For every layer, also where another was chosen for calls like it."""
+    for choice in ("_linear_plan", "_mlp_steps"):
+        monkeypatch.setattr(functional, choice, getattr(functional, choice).__wrapped__)
+    for choice in ("plan_linear", "plan_mlp"):
+        monkeypatch.setattr(functional, choice, lambda *_: plan)
+
+
 @pytest.mark.parametrize(("activation", "level", "plan"), EPILOGUES, ids=str)
 def test_epilogues_are_put_together_right(
     plan: Plan, activation: str, level: int, monkeypatch: pytest.MonkeyPatch, cublaslt_in_torch: list[str]
 ) -> None:
-    monkeypatch.setattr(functional, "plan_mlp", lambda *_: plan)
+    use_plan(monkeypatch, plan)
     tensors = leaves(None)
     out = mlp(*tensors, activation=activation, checkpoint_lvl=level)
     expected = reference.mlp(*tensors, activation)
@@ -271,7 +279,7 @@ def test_epilogues_are_put_together_right(
 def test_linear_put_together(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, cublaslt_in_torch: list[str]
 ) -> None:
-    monkeypatch.setattr(functional, "plan_linear", lambda *_: plan)
+    use_plan(monkeypatch, plan)
     x, weight, _, bias, _ = leaves(None)
     used = [x, weight, bias]
     out, residual = linear(*used, return_residual=True)
@@ -318,7 +326,7 @@ def test_epilogues_compile_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None
         return product, a.new_empty(0)
 
     monkeypatch.setattr(gemm, "_load", lambda: None)
-    monkeypatch.setattr(functional, "plan_mlp", lambda *_: Plan(True, True, True, True))
+    use_plan(monkeypatch, Plan(True, True, True, True))
     gemm._register_fake()
     with torch.library._scoped_library("flash_attn_kernels", "IMPL") as implementations:
         implementations.impl("gemm_epilogue", gemm_epilogue, "CPU")
@@ -427,6 +435,8 @@ X, W1, W2, B1, B2 = (torch.ones(shape) for shape in ((3, K), (H, K), (N, H), (H,
         (lambda: linear(X.tolist(), W1), r"x: got list; expected a torch.Tensor"),
         (lambda: linear(torch.tensor(1.0), W1), r"x: got a scalar"),
         (lambda: linear(X, W1.t()), r"weight: got shape \(6, 8\); expected \(out features, 6\)"),
+        (lambda: linear(None, W1), r"x: got None; expected a torch.Tensor"),
+        (lambda: mlp(X, W1, None), r"weight2: got None; expected a torch.Tensor"),
         (lambda: linear(X, W1[0]), r"weight: got shape \(6,\)"),
         (lambda: linear(X, W1, B2), r"bias: got shape \(5,\); expected \(8,\)"),
         (lambda: linear(X, W1.double()), r"weight: got torch.float64; expected torch.float32.*autocast"),

@@ -31,7 +31,7 @@ def test_kernels_interpreted(file: Path) -> None:
     output = finished.stdout + finished.stderr
     assert finished.returncode == 0, output
     passed = re.search(r"(\d+) passed", output)
-    assert passed and int(passed[1]) >= 10, output
+    assert passed and int(passed[1]) >= 6, output
 
 
 def test_every_family_is_there() -> None:
@@ -40,6 +40,8 @@ def test_every_family_is_there() -> None:
         "cross_entropy_kernels",
         "fused_dense_kernels",
         "linear_cross_entropy_kernels",
+        "norm_calls_kernels",
+        "norm_dropout_kernels",
         "norm_kernels",
         "rotary_kernels",
     ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from flash_attn_kernels.testing import assert_within_reference_error
 from flash_attn_ops.cross_entropy import cross_entropy
+from flash_attn_ops.cross_entropy.options import Options
 from flash_attn_ops.linear_cross_entropy import (
     LinearCrossEntropyLoss,
     choose_chunk_rows,
@@ -229,6 +230,37 @@ def test_chunks_are_chosen_from_sizes() -> None:
         assert 0 <= -rows % choose_chunk_rows(rows, 200000, 2) < choose_chunk_rows(rows, 200000, 2) <= 2688
 
 
+def test_ranks_of_uneven_vocabularies_take_the_same_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They reduce chunk by chunk: ranks that cut rows elsewhere would wait for each other for ever."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 128 * 40 * 4)
+
+    class TwoRanks:
+        def size(self) -> int:
+            return 2
+
+    rows = []
+    for classes in (40, 41):  # of which 128 rows fit, and do not
+        seen: list[int] = []
+
+        def no_losses(logits: Tensor, *_: object, seen: list[int] = seen) -> tuple[Tensor, ...]:
+            seen.append(len(logits))
+            return (logits.new_zeros(len(logits)),) * 3
+
+        monkeypatch.setattr(chunks, "losses_of_rows", no_losses)
+        monkeypatch.setattr(chunks, "TILE_ROWS", 1)
+        chunks.forward(
+            *(torch.randn(126, 3), torch.randn(classes, 3), None, torch.zeros(126, dtype=torch.int64)),
+            *(Options(0.0, 1.0, 0.0, -100, 41 * (classes == 40), 81), (False, False, False)),
+            d_loss=None,
+            on_triton=False,
+            chunk_rows=None,
+            accumulate_in_float32=True,
+            process_group=TwoRanks(),  # type: ignore[arg-type]
+        )
+        rows.append(seen)
+    assert rows == [[63, 63], [63, 63]]
+
+
 def test_leading_dimensions_and_empty_input() -> None:
     hidden, weight, _ = given()
     labels = torch.stack([LABELS, LABELS.flip(0)])
@@ -289,6 +321,24 @@ def test_autocast_is_that_of_a_linear_layer() -> None:
     assert weight.grad.dtype == hidden.grad.dtype == FP32
 
 
+def test_autocast_leaves_the_sum_over_chunks_in_float32() -> None:
+    hidden, weight, bias = (tensor.requires_grad_() for tensor in given(FP32))
+    gradients = []
+    for autocast in (True, False):
+        leaves = [tensor.to(FP32 if autocast else BF16) for tensor in (hidden, weight, bias)]
+        with torch.autocast("cpu", dtype=BF16, enabled=autocast):
+            loss = linear_cross_entropy(leaves[0], leaves[1], LABELS, leaves[2], chunk_rows=2)
+            gradients.append(torch.autograd.grad(loss, (hidden, weight, bias)))  # within autocast too
+    assert all(torch.equal(ours, outside) for ours, outside in zip(*gradients, strict=True))
+
+
+def test_meta_tensors() -> None:
+    hidden, weight, bias = (tensor.to("meta").requires_grad_() for tensor in given(FP32))
+    loss = linear_cross_entropy(hidden, weight, LABELS.to("meta"), bias, reduction="none", chunk_rows=2)
+    loss.sum().backward()
+    assert loss.shape == LABELS.shape and weight.grad.shape == weight.shape
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_compiles_to_one_graph(reduction: str) -> None:
     def loss_of(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -347,6 +397,11 @@ HIDDEN, WEIGHT = torch.ones(5, 4), torch.ones(9, 4)
             r"hidden: got shape \(5, 3\); expected \(\.\.\., 4\), as weight has it",
         ),
         ({"weight": torch.ones(0, 4)}, r"weight: got shape \(0, 4\); expected \(V, E\) with V >= 1"),
+        ({"hidden": None}, r"hidden: got None; expected a torch.Tensor"),
+        ({"weight": None}, r"weight: got None; expected a torch.Tensor"),
+        ({"logit_scale": torch.ones((), requires_grad=True)}, r"logit_scale: got Tensor; .*no gradient"),
+        ({"chunk_rows": 2.0}, r"chunk_rows: got 2.0; expected a positive number of rows"),
+        ({"process_group": "tp"}, r"process_group: got str; expected a ProcessGroup"),
         ({"weight": WEIGHT[0]}, r"weight: got shape \(4,\)"),
         (
             {"weight": WEIGHT.double()},

@@ -9,8 +9,12 @@ from flash_attn_kernels.testing import assert_within_reference_error
 from flash_attn_ops.norm import (
     LayerNorm,
     RMSNorm,
+    functions,
     layer_norm,
     layer_norm_linear,
+    linear,
+    operators,
+    reference,
     rms_norm,
     rms_norm_linear,
     tiles,
@@ -166,6 +170,37 @@ def test_results_in_given_memory(norm) -> None:
     assert torch.equal(x, expected) and torch.equal(residual, total)
 
 
+@NORMS
+def test_the_sum_survives_an_output_in_its_memory(norm) -> None:
+    """Without a residual r is x: it must not be what has overwritten x."""
+    x, weight = torch.randn(4, 8), torch.randn(8)
+    expected = norm(x, weight)
+    for memory in (None, torch.empty_like(x)):
+        overwritten = x.clone()
+        out, total = norm(overwritten, weight, prenorm=True, out=overwritten, residual_out=memory)
+        assert out is overwritten and torch.equal(out, expected) and torch.equal(total, x)
+
+
+@NORMS
+def test_autograd_learns_of_what_kernels_overwrite(norm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward_unseen(*arguments: object) -> tuple[Tensor | None, ...]:
+        *inputs, _, _, out, residual_out = arguments
+        result, result1, total = reference.forward(*inputs)  # type: ignore[arg-type]
+        out.data.copy_(result)  # type: ignore[attr-defined]
+        residual_out.data.copy_(total)  # type: ignore[attr-defined]
+        return None, result1, None, None, None
+
+    monkeypatch.setattr(functions, "_plan", lambda tensors, *_: (True, tensors[0].dtype, True))
+    monkeypatch.setattr(operators, "forward", forward_unseen)
+    for saved in (0, 1):
+        x, residual = (torch.randn(4, 8, requires_grad=True) * 1 for _ in range(2))
+        square = (x, residual)[saved].square()
+        with torch.no_grad():
+            norm(x, torch.ones(8), residual=residual, prenorm=True, out=x, residual_out=residual)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            square.sum().backward()
+
+
 def test_masks_do_not_depend_on_the_number_of_columns_or_rows() -> None:
     seed = torch.tensor([2**40 + 17, 2**33 + 5])
     wide = keep_mask(seed, torch.Size((64, 130)), 0.3, 0)
@@ -196,6 +231,61 @@ def test_norm_and_linear(norm_linear, autocast: bool) -> None:
         results.append([product, total, *torch.autograd.grad(loss, leaves)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, **({"rtol": 2e-2, "atol": 0.1} if autocast else {}))
+
+
+def kernel_path_by_torch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Norm and linear take the path of kernels, which are torch's norm. Returns what is called, in order."""
+    called = []
+
+    def forward(x: Tensor, *rest: object) -> tuple[Tensor | None, ...]:
+        called.append("forward")
+        *inputs, stores_sum, _, _, _ = (x, *rest)
+        out, _, total = reference.forward(*inputs)
+        return out, None, total if stores_sum else None, None, torch.empty(x.shape[:-1].numel())
+
+    def backward(d_out: Tensor, _: None, d_sum: Tensor | None, total: Tensor, *rest: object) -> tuple:
+        called.append("backward")
+        weight = rest[4]
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in (total, weight)]
+            out = rms_norm(*leaves, eps=1e-5)
+        dx, dw = torch.autograd.grad(out, leaves, d_out)
+        return (dx if d_sum is None else dx + d_sum), None, None, dw, None, None, None, None
+
+    monkeypatch.setattr(linear, "runs_on_triton", lambda *_: True)
+    monkeypatch.setattr(operators, "forward", forward)
+    monkeypatch.setattr(operators, "backward", backward)
+    return called
+
+
+@pytest.mark.parametrize("needed", ["x residual", "linear_weight", "linear_bias", "weight linear_bias"])
+def test_norm_and_linear_compute_what_is_needed(needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen linear weight costs neither its product nor the rows for it."""
+    names = ("x", "residual", "weight", "linear_weight", "linear_bias")
+    shapes = ((2, 3, 8), (2, 3, 8), (8,), (5, 8), (5,))
+    given = {
+        name: torch.randn(shape, requires_grad=name in needed.split())
+        for name, shape in zip(names, shapes, strict=True)
+    }
+    leaves = [tensor for tensor in given.values() if tensor.requires_grad]
+    upstream = torch.randn(2, 3, 5)
+    expected = torch.autograd.grad(rms_norm_linear(bias=None, **given), leaves, upstream)
+    called = kernel_path_by_torch(monkeypatch)
+    product = rms_norm_linear(bias=None, **given)
+    del called[:]
+    actual = torch.autograd.grad(product, leaves, upstream)
+    for mine, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    of_norm = {"x", "residual", "weight"} & set(needed.split())
+    assert called == ["forward"] * ("linear_weight" in needed) + ["backward"] * bool(of_norm)
+
+
+def test_norm_and_linear_without_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel_path_by_torch(monkeypatch)
+    x, linear_weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(0, 8, requires_grad=True)
+    product = rms_norm_linear(x, torch.ones(8), None, linear_weight)
+    product.sum().backward()
+    assert product.shape == (2, 3, 0) and linear_weight.grad.shape == (0, 8) and not x.grad.any()
 
 
 @pytest.mark.parametrize(
@@ -327,6 +417,7 @@ GOOD = {"x": torch.ones(2, 4), "weight": torch.ones(4)}
     ("change", "message"),
     [
         ({"x": torch.ones(2, 4, dtype=torch.int64)}, r"x: got torch.int64; expected a floating-point dtype"),
+        ({"x": torch.ones(2, 4).to(torch.float8_e5m2)}, r"x: got torch.float8_e5m2; .* of 16 bits or more"),
         ({"x": torch.tensor(1.0)}, r"x: got a scalar; expected at least one dimension"),
         ({"x": [1.0]}, r"x: got list; expected a torch.Tensor"),
         ({"weight": torch.ones(5)}, r"weight: got shape \(5,\); expected \(4,\), the last dimension of x"),
@@ -335,6 +426,11 @@ GOOD = {"x": torch.ones(2, 4), "weight": torch.ones(4)}
         ({"residual": torch.ones(4)}, r"residual: got shape \(4,\); expected \(2, 4\), the shape of x"),
         ({"eps": -1.0}, r"eps: got -1.0; expected a number >= 0"),
         ({"eps": float("nan")}, r"eps: got nan"),
+        ({"eps": None}, r"eps: got NoneType; expected a number"),
+        ({"eps": torch.tensor(1e-5)}, r"eps: got Tensor; expected a number"),
+        ({"dropout_p": None}, r"dropout_p: got NoneType; expected a number"),
+        ({"x": None}, r"x: got None; expected a torch.Tensor"),
+        ({"weight": None}, r"weight: got None; expected a torch.Tensor"),
         ({"x1": torch.ones(2, 3)}, r"x1: got shape \(2, 3\); expected \(2, 4\), the shape of x"),
         ({"weight1": torch.ones(3)}, r"weight1: got shape \(3,\); expected \(4,\)"),
         ({"bias1": torch.ones(4)}, r"bias1: got a tensor without weight1; expected weight1 too"),
@@ -343,6 +439,7 @@ GOOD = {"x": torch.ones(2, 4), "weight": torch.ones(4)}
         ({"layerscale": torch.ones(2)}, r"layerscale: got shape \(2,\); expected \(4,\)"),
         ({"dropout_p": 1.0}, r"dropout_p: got 1.0; expected a probability in \[0, 1\)"),
         ({"out_dtype": torch.int32}, r"out_dtype: got torch.int32; expected a floating-point dtype"),
+        ({"out_dtype": "float32"}, r"out_dtype: got 'float32'; expected a floating-point dtype"),
         ({"out": torch.ones(4)}, r"out: got shape \(4,\); expected \(2, 4\), the shape of x"),
         ({"out": torch.ones(4, 2).t()}, r"out: got a tensor with gaps; expected a contiguous one"),
         (
@@ -370,8 +467,12 @@ def test_rejected_arguments(norm, change: dict, message: str) -> None:
 def test_rejected_by_modules() -> None:
     with pytest.raises(ValueError, match=r"hidden_size: got -1"):
         RMSNorm(-1)
+    with pytest.raises(ValueError, match=r"hidden_size: got \(4,\)"):
+        LayerNorm((4,))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"dropout_p: got 1.5"):
         LayerNorm(4, dropout_p=1.5)
+    with pytest.raises(ValueError, match=r"dropout_p: got NoneType"):
+        LayerNorm(4, dropout_p=None)  # type: ignore[arg-type]
 
 
 def test_options_of_modules() -> None:

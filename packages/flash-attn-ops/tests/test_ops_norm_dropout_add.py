@@ -160,9 +160,22 @@ def test_subset_without_maps_is_the_plain_call() -> None:
     [
         ({"x0": torch.ones(2, 3, 8)}, r"x0: got shape \(2, 3, 8\); expected \(rows, N\)"),
         ({"x0_subset": torch.ones(6)}, r"x0_subset: got torch.float32; expected torch.int32 or torch.int64"),
+        (
+            {"x0_subset": [0, 1]},
+            r"x0_subset: got list; expected a torch.Tensor of torch.int32 or torch.int64",
+        ),
+        (
+            {"x0_subset": torch.tensor([0, 1, 4, 0, 0, 0])},
+            r"x0_subset: got values from 0 to 4; expected 0 to 3",
+        ),
+        ({"x0_subset": torch.full((6,), -1)}, r"x0_subset: got values from -1 to -1; expected 0 to 3"),
         ({"out_subset": torch.ones(5, dtype=torch.int32)}, r"out_subset: got shape \(5,\); expected \(6,\)"),
+        (
+            {"out_subset": torch.ones(6, dtype=torch.int32)},
+            r"out_subset: got values from 1 to 1; .*out_numrows",
+        ),
     ],
-    ids=["x0", "x0_subset", "out_subset"],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_subset_rejects(change: dict, message: str) -> None:
     good = {"x0": torch.ones(3, 8), "x0_subset": torch.zeros(6, dtype=torch.int32)}

@@ -92,6 +92,12 @@ def test_bad_input() -> None:
             layer(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"img_size: got \(8, 9\)"):
         PatchEmbed((8, 9), 4)
+    with pytest.raises(ValueError, match=r"images: got torch.uint8; expected a floating-point dtype"):
+        layer(torch.zeros(2, 3, 8, 12, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="images: got None"):
+        layer(None)
+    with pytest.raises(ValueError, match=r"patch_size: got 4\.0"):
+        PatchEmbed(8, 4.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="patch_size: got 0"):
         PatchEmbed(8, 0)
     with pytest.raises(ValueError, match="images: got shape"):

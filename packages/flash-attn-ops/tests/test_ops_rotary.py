@@ -15,6 +15,7 @@ from flash_attn_ops.rotary import (
     apply_rotary_emb_qkv_,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 LAYOUTS = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
@@ -108,6 +109,17 @@ def test_empty(shape: tuple[int, ...]) -> None:
     assert out.shape == x.grad.shape == shape
 
 
+def test_the_default_device_does_not_count() -> None:
+    x, cos, sin = torch.randn(2, 3, 1, 4), *torch.randn(2, 9, 2)
+    offsets, cu_seqlens = torch.tensor([1, 4]), torch.tensor([0, 2, 6])
+    dense = apply_rotary_emb(x, cos, sin, seqlen_offsets=offsets)
+    how = {"seqlen_offsets": offsets, "cu_seqlens": cu_seqlens}
+    packed = apply_rotary_emb(x.flatten(0, 1), cos, sin, **how)
+    with torch.device("meta"):
+        assert torch.equal(apply_rotary_emb(x, cos, sin, seqlen_offsets=offsets), dense)
+        assert torch.equal(apply_rotary_emb(x.flatten(0, 1), cos, sin, **how), packed)
+
+
 def test_any_strides() -> None:
     cos, sin = torch.randn(2, 5, 4)
     qkv = torch.randn(2, 5, 3, 2, 8)
@@ -151,6 +163,30 @@ def test_growing_the_table_changes_no_value() -> None:
     assert torch.equal(torch.cat(steps, dim=1), whole)
     tensor_steps = [decoding(q[:, i : i + 1], q[:, :1], torch.tensor([i]), max_seqlen=9)[0] for i in range(9)]
     assert torch.equal(torch.cat([q[:, :0], *tensor_steps], dim=1), whole)
+
+
+def test_a_table_is_made_once() -> None:
+    """However its device is called."""
+    rotary = RotaryEmbedding(4)
+    cos, sin = rotary.tables(3, torch.device("cpu"))
+    for device in ("cpu", torch.device("cpu", 0)):
+        again = rotary.tables(3, device)
+        assert again[0] is cos and again[1] is sin and rotary.key_tables(2, device)[0] is cos
+
+
+def test_a_table_that_exists_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of a model on several devices may share the module: computing the table takes the host a while."""
+    rotary, q = RotaryEmbedding(4), torch.ones(1, 3, 2, 4)
+    with torch.inference_mode():
+        rotary(q, q)
+    before = rotary.tables(3, "cpu")
+    monkeypatch.setattr(rotary, "_table", None)
+    assert rotary.tables(3, "meta")[0].is_meta
+    monkeypatch.undo()
+    assert all(torch.equal(old, new) for old, new in zip(before, rotary.tables(3, "cpu"), strict=True))
+    with FakeTensorMode():
+        rotary(torch.ones(1, 9, 2, 4), torch.ones(1, 9, 2, 4))
+    assert torch.equal(rotary(q, q)[0], RotaryEmbedding(4)(q, q)[0])
 
 
 def test_the_table_is_exact_and_stays_so() -> None:
@@ -223,6 +259,10 @@ GOOD = {"x": X, "cos": COS, "sin": COS}
             {"seqlen_offsets": torch.zeros(2)},
             r"seqlen_offsets: got torch.float32; expected torch.int32 or torch.int64",
         ),
+        ({"x": None}, r"x: got None; expected a torch.Tensor"),
+        ({"cos": None}, r"cos: got None; expected a torch.Tensor"),
+        ({"x": X[0], "cu_seqlens": [0, 4]}, r"cu_seqlens: got list; expected a torch.Tensor of torch.int32"),
+        ({"position_ids": [[0, 1, 2, 3]] * 2}, r"position_ids: got list; expected a torch.Tensor"),
         ({"seqlen_offsets": 1.0}, r"seqlen_offsets: got float; expected an int"),
         ({"max_seqlen": 4}, r"max_seqlen: got 4; expected None without cu_seqlens"),
         (
@@ -246,10 +286,11 @@ GOOD = {"x": X, "cos": COS, "sin": COS}
 )
 def test_rejected_arguments(change: dict, message: str) -> None:
     given = {**GOOD, **change}
-    before = given["x"].clone()
+    before = None if given["x"] is None else given["x"].clone()
     with pytest.raises(ValueError, match=message) as error:
         apply_rotary_emb(**given)
-    assert "Fix: " in str(error.value) and torch.equal(given["x"], before)
+    assert "Fix: " in str(error.value)
+    assert before is None or torch.equal(given["x"], before)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +298,7 @@ def test_rejected_arguments(change: dict, message: str) -> None:
     [
         ({"dim": 5}, r"dim: got 5; expected a positive even number"),
         ({"dim": 0}, r"dim: got 0"),
+        ({"dim": 4, "scaling": {"rope_type": "default"}}, r"scaling: got dict; .*from_hugging_face"),
         ({"dim": 4, "base": 0.0}, r"base: got 0.0; expected a positive number"),
     ],
     ids=str,
@@ -398,6 +440,11 @@ def test_module_options() -> None:
         (lambda: apply_rotary_emb(X, COS, COS, position_ids=torch.full((2, 4), -1)), r"position_ids: got -1"),
         (lambda: RotaryEmbedding(8)(X, X, position_ids=torch.zeros(2, 4).long()), r"max_seqlen: got None"),
         (lambda: RotaryEmbedding(8).rotate_packed(QKV, torch.tensor([1, 1])), r"max_seqlen: got None"),
+        (lambda: RotaryEmbedding(8).rotate_packed(torch.ones(8)), r"qkv: got shape \(8,\)"),
+        (
+            lambda: RotaryEmbedding(8).rotate_packed(torch.ones(8), num_heads_q=1),
+            r"num_heads_q: got 1, for qkv",
+        ),
     ],
 )
 def test_rejected_calls(call: Callable[[], object], message: str) -> None:

@@ -214,6 +214,24 @@ def test_positions_beyond_the_table_are_nan_on_the_device(
     assert torch.equal(out.isnan().all(-1).all(-1), wrong) and torch.equal(out.isnan().any(-1).any(-1), wrong)
 
 
+@pytest.mark.parametrize("pair", [False, True])
+def test_differentiable_again(pair: bool, device: str) -> None:
+    """As away from the kernels: a rotation is linear, so that its gradient has one of its own."""
+    q, k = (torch.randn(1, 3, heads, 8, device=device) for heads in (2, 1))
+    cos, sin = torch.randn(2, 3, 4, device=device)
+    results = []
+    for dtype in (FP32, torch.float64):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (q, k)]
+        if pair:
+            rotated = apply_rotary_emb_qk(*leaves, cos, sin)
+        else:
+            rotated = [apply_rotary_emb(leaf, cos, sin) for leaf in leaves]
+        gradients = torch.autograd.grad(sum(out.pow(3).sum() for out in rotated), leaves, create_graph=True)
+        results.append(torch.autograd.grad(sum(one.square().sum() for one in gradients), leaves))
+    for actual, exact in zip(*results, strict=True):
+        torch.testing.assert_close(actual, exact.to(FP32), rtol=1e-4, atol=1e-3)
+
+
 def test_module_decodes_as_it_prefills(device: str) -> None:
     rotary = RotaryEmbedding(16)
     q, k = torch.randn(2, 1, 9, 3, 32, device=device).to(BF16)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flash_attn_ops.distributed import Group
+from flash_attn_ops.fused_dense import FusedGatedMLP
 from flash_attn_ops.tensor_parallel import (
     ColumnParallelEmbedding,
     ColumnParallelLinear,
@@ -108,6 +109,10 @@ def test_activations_act() -> None:
     assert torch.equal(glu(x), glu.fc2(F.glu(glu.fc1(x))))
     with pytest.raises(ValueError, match="activation: got 'swish2'"):
         ParallelMLP(6, 8, activation="swish2")
+    with pytest.raises(ValueError, match="activation: got None; expected a name or a function"):
+        ParallelMLP(6, 8, activation=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="activation: got None; expected a name or a function"):
+        ParallelGatedMLP(6, 8, activation=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="checkpoint_lvl: got 3"):
         ParallelFusedMLP(6, 8, checkpoint_lvl=3)  # type: ignore[arg-type]
 
@@ -116,6 +121,9 @@ def test_default_sizes() -> None:
     assert ParallelMLP(6).fc1.weight.shape == (24, 6) and ParallelMLP(6).fc2.weight.shape == (6, 24)
     gated = ParallelGatedMLP(96)
     assert gated.fc1.weight.shape == (2 * 256, 96) and gated.fc2.weight.shape == (96, 256)
+    for features in range(1, 9):  # the sizes of the layer of one process, whose checkpoints they share
+        alone, parallel = FusedGatedMLP(features, multiple_of=2), ParallelGatedMLP(features, multiple_of=2)
+        assert parallel.fc1.weight.shape == alone.fc1.weight.shape
     assert ParallelGatedMLP(96, bias1=False, bias2=False).state_dict().keys() == {"fc1.weight", "fc2.weight"}
 
 
@@ -200,6 +208,8 @@ def test_bad_input() -> None:
             linear(x, weight.double())
         with pytest.raises(ValueError, match=r"x: got torch\.int64"):
             linear(x.long(), weight)
+        with pytest.raises(ValueError, match="x: got None"):
+            linear(None, weight)
         with pytest.raises(ValueError, match="group: got str"):
             linear(x, weight, None, "tp")
     with pytest.raises(ValueError, match="dim: got 10"):
@@ -225,3 +235,20 @@ def test_autocast_leaves_float64() -> None:
     layer = ColumnParallelLinear(4, 6, dtype=FP64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(torch.zeros(2, 4, dtype=FP64)).dtype == FP64
+
+
+def test_meta_tensors() -> None:
+    for kind in (ParallelMLP, ParallelGatedMLP, ParallelFusedMLP):
+        assert kind(4, 6, multiple_of=1, device="meta")(torch.empty(2, 4, device="meta")).shape == (2, 4)
+
+
+@pytest.mark.parametrize("linear", [column_parallel_linear, row_parallel_linear])
+@pytest.mark.parametrize("inputs, outputs", [(0, 4), (4, 0)])
+def test_a_rank_without_features(linear, inputs: int, outputs: int) -> None:
+    """Of fewer features than ranks, some ranks have none."""
+    shapes = ((2, 3, inputs), (outputs, inputs), (outputs,))
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    out = linear(x, weight, bias)
+    out.sum().backward()
+    assert torch.equal(out, bias.expand(2, 3, outputs)) and torch.equal(bias.grad, torch.full_like(bias, 6))
+    assert torch.equal(x.grad, torch.zeros_like(x)) and weight.grad.shape == weight.shape

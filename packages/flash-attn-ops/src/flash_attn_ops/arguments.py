@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import numbers
+
 from flash_attn_kernels.errors import bad_argument
 from torch import Tensor
 
-__all__ = ["bad_argument", "check_floating", "check_integer", "check_same_device", "check_shape"]
+__all__ = [
+    "bad_argument",
+    "check_floating",
+    "check_given",
+    "check_integer",
+    "check_number",
+    "check_same_device",
+    "check_shape",
+]
+
+
+def check_given(**tensors: Tensor | None) -> None:
+    """None of them is None."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise bad_argument(name, None, "a torch.Tensor", "pass a tensor")
+
+
+def check_number(**values: float) -> None:
+    """Every value is a number of Python's (or numpy's): a tensor would be read by the host, and get no gradient."""
+    for name, value in values.items():
+        if not isinstance(value, numbers.Real):
+            expected = "a number, for which no gradient is computed"
+            fix = f"pass float({name}), or apply a tensor of it outside of this call"
+            raise bad_argument(name, type(value).__name__, expected, fix)
 
 
 def check_floating(**tensors: Tensor | None) -> None:
-    """Every given value is a floating-point tensor."""
+    """Every given value is a floating-point tensor, of a dtype that torch promotes to others: 8 bits are storage."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -17,10 +43,9 @@ def check_floating(**tensors: Tensor | None) -> None:
             raise bad_argument(
                 name, type(tensor).__name__, "a torch.Tensor", "convert it with torch.as_tensor"
             )
-        if not tensor.is_floating_point():
-            raise bad_argument(
-                name, tensor.dtype, "a floating-point dtype", f"convert it with {name}.float()"
-            )
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            expected = "a floating-point dtype of 16 bits or more"
+            raise bad_argument(name, tensor.dtype, expected, f"convert it with {name}.float()")
 
 
 def check_integer(name: str, tensor: Tensor, dtypes: tuple[object, ...]) -> None:

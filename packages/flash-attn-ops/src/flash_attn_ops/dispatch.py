@@ -48,9 +48,10 @@ def choose(
     *,
     triton_installed: bool,
     interpreted: bool,
+    without_memory: str | None = None,
 ) -> Choice:
     """The path for tensors of these dtypes on this device; ``capability`` is None where the device has
-    none."""
+    none. ``without_memory`` names the type of a tensor that has none, see :func:`has_memory`."""
     if device_type == "cuda":
         if not triton_installed:
             return Choice(
@@ -68,6 +69,9 @@ def choose(
         return Choice(
             "reference", f"the kernels compute in float32, which is not enough for {unsupported[0]}"
         )
+    if without_memory is not None:
+        reason = f"a {without_memory} has no memory of its own, from which the kernels could read"
+        return Choice("reference", reason)
     if device_type == "cuda":
         return Choice("triton", "CUDA tensors of a supported dtype")
     return Choice("triton", "TRITON_INTERPRET=1 runs the kernels on the CPU")
@@ -85,7 +89,15 @@ def explain(*tensors: Tensor) -> Choice:
         capability,
         triton_installed=TRITON_INSTALLED,
         interpreted=TRITON_INTERPRETS,
+        without_memory=next((type(tensor).__name__ for tensor in tensors if not has_memory(tensor)), None),
     )
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the tensor has values in memory of its own: not those of the meta device and of FakeTensorMode, which
+    have no values, and not those that stand for other tensors, as a DTensor does."""
+    usual = Tensor.__torch_dispatch__
+    return not tensor.is_meta and getattr(type(tensor), "__torch_dispatch__", usual) is usual
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -118,9 +130,9 @@ def runs_on_triton(operation: str, *tensors: Tensor | None) -> bool:
 
 
 def once_for_like_calls(decide: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorates a check of arguments or a choice that reads nothing of tensors but shape, dtype and device: what it
-    returned for one call is returned for others like it. It takes a tuple of tensors (and None), and options that are
-    hashable. A tracer always runs it, and so do calls that are refused, or whose sizes are symbols."""
+    """Decorates a check of arguments or a choice that reads nothing of tensors but type, shape, dtype and device: what
+    it returned for one call is returned for others like it. It takes a tuple of tensors (and None), and options that
+    are hashable. A tracer always runs it, and so do calls that are refused, or whose sizes are symbols."""
     known: dict[tuple[Any, ...], Any] = {}
 
     @functools.wraps(decide)
@@ -133,7 +145,7 @@ def once_for_like_calls(decide: Callable[..., Result]) -> Callable[..., Result]:
                 if tensor is None:
                     key.append(None)
                 else:
-                    key += (tensor.shape, tensor.dtype, tensor.device)
+                    key += (type(tensor), tensor.shape, tensor.dtype, tensor.device)
             result = known.get(tuple(key), _UNKNOWN)
         except (AttributeError, TypeError):
             return decide(tensors, *options)

@@ -55,16 +55,49 @@ def _without_absent(function: Callable[..., Any]) -> Callable[..., Any]:
     return returning_tensors
 
 
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, where a tensor may be several of the arguments: torch.compile takes each but once."""
+    if torch.compiler.is_compiling():
+        arguments = tuple(
+            argument.view_as(argument)
+            if isinstance(argument, Tensor) and any(argument is earlier for earlier in arguments[:index])
+            else argument
+            for index, argument in enumerate(arguments)
+        )
+    return function.apply(*arguments)
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """torch's decorator of this name, which costs microseconds, and has nothing to do where no graph of the gradients
-    is made."""
+    is made; and which lets the second derivative be 0 where the upstream gradient is a constant."""
     refusing = refusing_second_backward(backward)
 
     @functools.wraps(backward)
     def once(ctx: Any, *gradients: Tensor | None) -> Any:
-        return (refusing if torch.is_grad_enabled() else backward)(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        if torch.compiler.is_compiling():
+            return refusing(ctx, *gradients)
+        return refusing(ctx, *map(_varying, gradients))
 
     return once
+
+
+def _varying(gradient: Tensor | None) -> Tensor | None:
+    """What torch's decorator takes for no constant."""
+    if gradient is None or gradient.requires_grad:
+        return gradient
+    return gradient.detach().requires_grad_()
+
+
+def tell_autograd(*overwritten: Tensor | None) -> None:
+    """Kernels write behind autograd's back: a backward that has saved these tensors must not take them for what they
+    were. (Tracers know from the operators' schemas.)"""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in overwritten:
+        if tensor is not None:
+            torch.autograd.graph.increment_version(tensor)
 
 
 def kernels_of(package: str) -> Callable[[], Any]:

@@ -6,12 +6,12 @@ It is the convolution whose stride is its kernel, as a matrix product: patch (i,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from flash_attn_ops.arguments import bad_argument
+from flash_attn_ops.arguments import bad_argument, check_floating, check_given
 
 Size = int | tuple[int, int]
 
@@ -111,6 +111,8 @@ class PatchEmbed(nn.Module):
         Raises:
             ValueError: images of another size or number of channels.
         """
+        check_given(images=images)
+        check_floating(images=images)
         expected = (self.in_chans, *self.img_size)
         if images.dim() != 4 or images.shape[1:] != expected:
             raise bad_argument(
@@ -124,7 +126,7 @@ class PatchEmbed(nn.Module):
 
 
 def _pair(name: str, size: Size) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or min(pair) < 1:
+    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(pair) != 2 or not all(isinstance(length, int) and length > 0 for length in pair):
         raise bad_argument(name, size, "a positive number, or (height, width)", "pass one of them")
     return pair[0], pair[1]

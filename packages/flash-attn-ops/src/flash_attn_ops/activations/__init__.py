@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flash_attn_ops.arguments import bad_argument, check_floating, check_same_device, check_shape
+from flash_attn_ops.arguments import bad_argument, check_floating, check_given, check_same_device, check_shape
 from flash_attn_ops.dispatch import once_for_like_calls, runs_on_triton
-from flash_attn_ops.library import once_differentiable
+from flash_attn_ops.library import apply, once_differentiable
 
 from . import operators, reference
 from .names import ACTIVATIONS, Order, activation_name, check_order, split
@@ -96,6 +96,7 @@ def gated(
 def _plan(tensors: tuple[Tensor, Tensor | None], name: str) -> bool:
     """Whether the kernels run; of x and bias that fit."""
     x, bias = tensors
+    check_given(x=x)
     check_floating(x=x, bias=bias)
     check_same_device(x=x, bias=bias)
     if bias is not None:
@@ -109,6 +110,7 @@ def _plan(tensors: tuple[Tensor, Tensor | None], name: str) -> bool:
 def _gated_plan(tensors: tuple[Tensor, Tensor | None], name: str, order: Order | None) -> bool:
     """Whether the kernels run; of gate and value that fit."""
     gate, value = tensors
+    check_given(gate=gate)
     check_floating(gate=gate, value=value)
     check_same_device(gate=gate, value=value)
     if gate.dim() == 0:
@@ -193,7 +195,7 @@ def _activate(
         or (bias is not None and bias.requires_grad)
         or (value is not None and value.requires_grad)
     ):
-        return _Activate.apply(x, bias, value, activation, order)
+        return apply(_Activate, x, bias, value, activation, order)
     gate, behind = (x, value) if order is None else split(x, order)
     return operators.forward(gate, bias, behind, activation)
 

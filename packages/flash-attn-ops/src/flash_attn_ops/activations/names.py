@@ -17,7 +17,7 @@ Order = Literal["gate_value", "value_gate"]
 
 def activation_name(activation: str) -> str:
     """The one name under which an activation is known here."""
-    name = _OTHER_NAMES.get(activation, activation)
+    name = _OTHER_NAMES.get(activation, activation) if isinstance(activation, str) else None
     if name not in ACTIVATIONS:
         known = ", ".join(map(repr, (*ACTIVATIONS, *_OTHER_NAMES)))
         raise bad_argument("activation", repr(activation), f"one of {known}", "use one of these names")

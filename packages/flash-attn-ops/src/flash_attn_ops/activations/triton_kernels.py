@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_attn_ops.activations.names import split
-from flash_attn_ops.launch import ceil_div, device_limits, next_power_of_2
+from flash_attn_ops.launch import ceil_div, device_limits, empty_like, next_power_of_2
 from flash_attn_ops.triton_launch import launch
 
 # Of those that sum over rows: many more than run at a time, so that the last ones end together. Their partial sums are
@@ -51,7 +51,7 @@ def summing_tile(num_cols: int) -> Tile:
 
 def forward(x: Tensor, bias: Tensor | None, value: Tensor | None, activation: str) -> Tensor:
     """``activation(x + bias) * value`` of rows (M, N) with neighbouring values in a row."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = empty_like(x)
     num_rows, num_cols = _as_one_row(x, value) if bias is None else x.shape
     tile = elementwise_tile(num_cols)
     blocks = ceil_div(num_cols, tile.cols)

@@ -24,12 +24,15 @@ from torch import Tensor, nn
 from flash_attn_ops.arguments import (
     bad_argument,
     check_floating,
+    check_given,
     check_integer,
+    check_number,
     check_same_device,
     check_shape,
 )
 from flash_attn_ops.dispatch import once_for_like_calls, runs_on_triton
-from flash_attn_ops.library import once_differentiable
+from flash_attn_ops.distributed.group import GroupLike, process_group_of
+from flash_attn_ops.library import once_differentiable, tell_autograd
 
 from . import operators, reference
 from .labels import check_labels
@@ -57,7 +60,7 @@ def cross_entropy(
     return_z_loss: bool = False,
     precomputed_lse: Tensor | None = None,
     vocab_size: int | None = None,
-    process_group: ProcessGroup | None = None,
+    process_group: GroupLike = None,
     vocab_start: int | None = None,
     validate: bool | None = None,
 ) -> Any:
@@ -83,7 +86,7 @@ def cross_entropy(
             part in any sum, and have gradient 0.
         process_group: logits hold the columns of this process of a vocabulary split over the group, whose
             processes have the same labels and get the same losses: two small all-reduces forward, none backward. Not
-            inside torch.compile.
+            inside torch.compile. A ProcessGroup, a one-dimensional DeviceMesh, or None for a single process.
         vocab_start: the class of the first column of this process. By default shards are of equal size, the last
             ones padded up to it (say vocab_size); shards of other sizes need vocab_start and vocab_size.
         validate: True finds labels out of range on a GPU too, for which it waits; None does where the environment has
@@ -97,6 +100,7 @@ def cross_entropy(
             host does not wait for the labels of a GPU: one that is out of range makes its loss and its gradient NaN.
         RuntimeError: a second backward with ``inplace_backward``.
     """
+    group = process_group_of(process_group)
     on_triton = _plan((logits, labels, precomputed_lse), label_smoothing, logit_scale, z_loss, reduction)
     lse = precomputed_lse
     if lse is not None:
@@ -104,14 +108,14 @@ def cross_entropy(
     if inplace_backward and not _overwritable(logits):
         got = f"logits of strides {logits.stride()}"
         raise bad_argument("inplace_backward", got, "rows that a view can reach", "pass logits.contiguous()")
-    place = place_classes(logits.shape[-1], vocab_size, vocab_start, process_group)
+    place = place_classes(logits.shape[-1], vocab_size, vocab_start, group)
     check_labels(labels, place[1], ignore_index, validate)
 
     options = Options(label_smoothing, logit_scale, z_loss, ignore_index, *place)
     is_flat = logits.dim() == 2
     rows = logits if is_flat else logits.reshape(-1, logits.shape[-1])
     row_labels = labels if is_flat else labels.reshape(-1)
-    how = (options, reduction, on_triton, return_z_loss, process_group)
+    how = (options, reduction, on_triton, return_z_loss, group)
     if torch.is_grad_enabled() and logits.requires_grad:
         results = _CrossEntropy.apply(rows, row_labels, lse, inplace_backward, *how)
     else:
@@ -157,6 +161,7 @@ def _plan(
     """Whether the kernels run; of logits, labels and precomputed_lse that fit."""
     logits, labels, lse = tensors
     check_options(label_smoothing, logit_scale, z_loss, reduction)
+    check_given(logits=logits)
     check_floating(logits=logits, precomputed_lse=lse)
     check_integer("labels", labels, (torch.int64,))
     check_same_device(logits=logits, labels=labels, precomputed_lse=lse)
@@ -258,7 +263,7 @@ class _CrossEntropy(torch.autograd.Function):
             gradient = triton_kernels.d_logits(
                 logits.detach(), *row, d_loss, count, ctx.options, inplace=True
             )
-            torch.autograd.graph.increment_version(logits)  # the kernel writes behind autograd's back
+            tell_autograd(logits)
         elif ctx.on_triton:
             gradient = operators.d_logits(logits.detach(), *row, d_loss, count, *ctx.options)
         else:
@@ -272,6 +277,7 @@ class _CrossEntropy(torch.autograd.Function):
 def check_options(label_smoothing: float, logit_scale: float, z_loss: float, reduction: str) -> None:
     if reduction not in ("none", "mean", "sum"):
         raise bad_argument("reduction", repr(reduction), "'none', 'mean' or 'sum'", "use one of these")
+    check_number(label_smoothing=label_smoothing, logit_scale=logit_scale, z_loss=z_loss)
     if not 0 <= label_smoothing <= 1:
         raise bad_argument("label_smoothing", label_smoothing, "a number in [0, 1]", "use 0 for none")
     if not -float("inf") < logit_scale < float("inf"):
@@ -301,7 +307,7 @@ class CrossEntropyLoss(nn.Module):
         inplace_backward: bool = False,
         return_z_loss: bool = False,
         vocab_size: int | None = None,
-        process_group: ProcessGroup | None = None,
+        process_group: GroupLike = None,
         vocab_start: int | None = None,
         validate: bool | None = None,
     ) -> None:

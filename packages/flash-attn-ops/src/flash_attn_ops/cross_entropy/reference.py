@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flash_attn_ops.dispatch import has_memory
+
 from .options import Options, loss_of
 
 
@@ -61,7 +63,7 @@ def d_logits(
     is_class = (labels >= 0) & (labels < options.num_classes)
     gradient *= torch.where(is_class, d_loss * options.logit_scale, torch.nan)[:, None]
     ignored = labels == options.ignore_index  # their logits may be NaN, which no factor of 0 takes away
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not has_memory(gradient):  # where nobody knows which rows those are
         gradient = gradient.masked_fill(ignored[:, None], 0.0)
     else:  # a handful of rows instead of a slow pass over all
         gradient.index_fill_(0, ignored.nonzero().squeeze(1), 0.0)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_attn_ops.launch import ceil_div, next_power_of_2
+from flash_attn_ops.launch import ceil_div, empty_like, next_power_of_2
 from flash_attn_ops.triton_launch import launch
 
 from .options import Options
@@ -158,7 +158,7 @@ def d_logits(
     """Gradient (M, V), from the parts of each row's log-sum-exp; d_loss is (M,) or one value for all rows, divided by
     the ``divisor`` (a scalar) if given."""
     num_rows, columns = logits.shape
-    gradient = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    gradient = logits if inplace else empty_like(logits)
     vector = GROUP_BYTES // logits.element_size()
     num_groups = ceil_div(columns, vector)
     walk = Walk.backward(num_groups)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-from flash_attn_kernels.autocast import autocast_is_on, to_autocast_dtype
 from torch import Tensor
 
 from flash_attn_ops.activations.names import Order, activation_name, check_order
-from flash_attn_ops.arguments import bad_argument, check_floating, check_same_device, check_shape
-from flash_attn_ops.dispatch import runs_on_triton
+from flash_attn_ops.arguments import bad_argument, check_floating, check_given, check_same_device, check_shape
+from flash_attn_ops.autocast import as_autocast, autocast_dtype, dtype_as_autocast
+from flash_attn_ops.dispatch import has_memory, once_for_like_calls, runs_on_triton
+from flash_attn_ops.library import apply
 
 from .layers import Linear, Mlp, Steps, hidden, product_with_bias
-from .plans import Heuristic, MlpProblem, check_heuristic, plan_linear, plan_mlp
+from .plans import Heuristic, MlpProblem, Plan, check_heuristic, plan_linear, plan_mlp
 
 
 def linear(
@@ -36,16 +37,15 @@ def linear(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown heuristic.
     """
-    check_heuristic(heuristic)
-    check_floating(x=x, weight=weight, bias=bias)
-    x, weight, bias = _cast(x), _cast(weight), _cast_bias(bias)
-    _check_layer(x, weight, bias, "weight", "bias", x.shape[-1:])
+    dtype = autocast_dtype(x) if isinstance(x, Tensor) else None
+    plan, on_triton = _linear_plan((x, weight, bias), dtype, heuristic)
+    if dtype is not None:
+        x, weight, bias = as_autocast(x, dtype), as_autocast(weight, dtype), as_autocast(bias, dtype)
     rows = _rows(x)
-    plan = plan_linear(rows.shape[0], weight.shape[1], weight.shape[0], x.dtype, x.device.type, heuristic)
     if _needs_gradient(x, weight, bias):
-        on_triton = runs_on_triton("linear", rows)
-        out, residual = Linear.apply(
-            *(rows, weight, bias, return_residual, on_triton, plan.bias, plan.products, plan.algorithm)
+        out, residual = apply(
+            *(Linear, rows, weight, bias, return_residual, on_triton),
+            *(plan.bias, plan.products, plan.algorithm),
         )
     else:
         out, residual = product_with_bias(rows, weight, bias, plan.algorithm if plan.products else None), rows
@@ -134,43 +134,93 @@ def _mlp(
     checkpoint_lvl: int,
     heuristic: Heuristic,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    dtype = autocast_dtype(x) if isinstance(x, Tensor) else None
+    tensors = (x, weight1, bias1, weight2, bias2)
+    how = _mlp_steps(tensors, dtype, activation, order, checkpoint_lvl, heuristic)
+    if dtype is not None:
+        x, weight1, bias1 = as_autocast(x, dtype), as_autocast(weight1, dtype), as_autocast(bias1, dtype)
+        weight2, bias2 = as_autocast(weight2, dtype), as_autocast(bias2, dtype)
+    rows = _rows(x)
+    if _needs_gradient(x, weight1, bias1, weight2, bias2):
+        out, residual = apply(Mlp, rows, weight1, bias1, weight2, bias2, return_residual, *how)
+    else:
+        _, act = hidden(rows, weight1, bias1, how, save=False)
+        out, residual = product_with_bias(act, weight2, bias2, how.plain_algorithm), rows
+    return _shaped(out, residual, x, return_residual)
+
+
+@once_for_like_calls
+def _linear_plan(
+    tensors: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype | None, heuristic: Heuristic
+) -> tuple[Plan, bool]:
+    """What is an epilogue, and whether kernels run; of x, weight and bias that fit, under autocast to ``dtype``."""
+    x, weight, bias = tensors
+    check_heuristic(heuristic)
+    check_given(x=x, weight=weight)
+    check_floating(x=x, weight=weight, bias=bias)
+    _check_layer(x, weight, bias, "weight", "bias", x.shape[-1:], dtype)
+    rows = _rows(x)
+    plan = plan_linear(
+        *(rows.shape[0], weight.shape[1], weight.shape[0]),
+        *(dtype_as_autocast(x, dtype), _device_type(x), heuristic),
+    )
+    return plan, runs_on_triton("linear", as_autocast(rows, dtype))
+
+
+@once_for_like_calls
+def _mlp_steps(
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
+    dtype: torch.dtype | None,
+    activation: str,
+    order: str | None,
+    checkpoint_lvl: int,
+    heuristic: Heuristic,
+) -> Steps:
+    """How it is computed; of x, weight1, bias1, weight2 and bias2 that fit, under autocast to ``dtype``."""
+    x, weight1, bias1, weight2, bias2 = tensors
     check_heuristic(heuristic)
     check_checkpoint_lvl(checkpoint_lvl)
+    check_given(x=x, weight1=weight1, weight2=weight2)
     check_floating(x=x, weight1=weight1, weight2=weight2, bias1=bias1, bias2=bias2)
-    x, weight1, weight2 = _cast(x), _cast(weight1), _cast(weight2)
-    bias1, bias2 = _cast_bias(bias1), _cast_bias(bias2)
-    _check_layer(x, weight1, bias1, "weight1", "bias1", x.shape[-1:])
+    _check_layer(x, weight1, bias1, "weight1", "bias1", x.shape[-1:], dtype)
     rows_out = weight1.shape[0]
     if order is not None and rows_out % 2 != 0:
         got = f"shape {tuple(weight1.shape)}"
         raise bad_argument("weight1", got, "(2H, K)", "put the weights of gate and value into one tensor")
     width = rows_out if order is None else rows_out // 2
-    _check_layer(x, weight2, bias2, "weight2", "bias2", torch.Size((width,)))
+    _check_layer(x, weight2, bias2, "weight2", "bias2", torch.Size((width,)), dtype)
 
     rows = _rows(x)
     problem = MlpProblem(
-        *(rows.shape[0], weight1.shape[1], width, weight2.shape[0], x.dtype, x.device.type),
-        *(activation, order is not None, bias1 is not None, checkpoint_lvl),
+        tokens=rows.shape[0],
+        in_features=weight1.shape[1],
+        hidden_features=width,
+        out_features=weight2.shape[0],
+        dtype=dtype_as_autocast(x, dtype),
+        device_type=_device_type(x),
+        activation=activation,
+        gated=order is not None,
+        has_bias1=bias1 is not None,
+        checkpoint_lvl=checkpoint_lvl,
     )
     plan = plan_mlp(problem, heuristic)
-    on_triton = weight1.numel() > 0 and runs_on_triton("mlp" if order is None else "gated_mlp", rows)
-    how = Steps(
+    operation = "mlp" if order is None else "gated_mlp"
+    return Steps(
         activation,
         order,
         checkpoint_lvl,
-        on_triton,
+        weight1.numel() > 0 and runs_on_triton(operation, as_autocast(rows, dtype)),
         forward_epilogue=plan.forward,
         backward_epilogue=plan.backward,
         bias_epilogue=plan.bias,
         products=plan.products,
         algorithm=plan.algorithm,
     )
-    if _needs_gradient(x, weight1, bias1, weight2, bias2):
-        out, residual = Mlp.apply(rows, weight1, bias1, weight2, bias2, return_residual, *how)
-    else:
-        _, act = hidden(rows, weight1, bias1, how, save=False)
-        out, residual = product_with_bias(act, weight2, bias2, how.plain_algorithm), rows
-    return _shaped(out, residual, x, return_residual)
+
+
+def _device_type(x: Tensor) -> str:
+    """For a plan: that of the meta device, where nothing runs, if there is no memory for cuBLASLt to read."""
+    return x.device.type if has_memory(x) else "meta"
 
 
 def check_checkpoint_lvl(checkpoint_lvl: int) -> None:
@@ -193,17 +243,14 @@ def _shaped(
     return (out, residual.view(x.shape)) if return_residual and residual is not None else out
 
 
-def _cast(x: Tensor) -> Tensor:
-    """As autocast hands a tensor to a product."""
-    return to_autocast_dtype(x, x.device.type) if autocast_is_on(x) else x
-
-
-def _cast_bias(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else _cast(bias)
-
-
 def _check_layer(
-    x: Tensor, weight: Tensor, bias: Tensor | None, weight_name: str, bias_name: str, in_features: torch.Size
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_name: str,
+    bias_name: str,
+    in_features: torch.Size,
+    dtype: torch.dtype | None,
 ) -> None:
     check_same_device(**{"x": x, weight_name: weight, bias_name: bias})
     if x.dim() == 0:
@@ -214,6 +261,6 @@ def _check_layer(
     if bias is not None:
         check_shape(bias_name, bias, weight.shape[:1], f"the out features of {weight_name}")
     for name, tensor in ((weight_name, weight), (bias_name, bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
+        if tensor is not None and dtype_as_autocast(tensor, dtype) != dtype_as_autocast(x, dtype):
             expected, fix = f"{x.dtype}, the dtype of x", f"convert it, {name}.to({x.dtype}), or use autocast"
             raise bad_argument(name, tensor.dtype, expected, fix)

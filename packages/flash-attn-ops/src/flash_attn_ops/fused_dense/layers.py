@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from flash_attn_kernels import gemm
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flash_attn_ops.activations import operators as kernels
 from flash_attn_ops.activations import reference
 from flash_attn_ops.activations.names import split
+from flash_attn_ops.library import once_differentiable
 
 from .operators import column_sums
 

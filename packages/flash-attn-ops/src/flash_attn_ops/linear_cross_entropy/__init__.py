@@ -15,20 +15,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from flash_attn_ops.arguments import (
     bad_argument,
     check_floating,
+    check_given,
     check_integer,
     check_same_device,
     check_shape,
 )
+from flash_attn_ops.autocast import as_autocast, autocast_dtype
 from flash_attn_ops.cross_entropy import Reduction, check_options, reduce, z_part_of
 from flash_attn_ops.cross_entropy.labels import check_labels
 from flash_attn_ops.cross_entropy.options import Options
 from flash_attn_ops.cross_entropy.parallel import place_classes
 from flash_attn_ops.dispatch import runs_on_triton
+from flash_attn_ops.distributed.group import GroupLike, process_group_of
+from flash_attn_ops.library import once_differentiable
 
 from . import chunks, operators
 from .chunks import choose_chunk_rows
@@ -52,7 +55,7 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     return_z_loss: bool = False,
     vocab_size: int | None = None,
-    process_group: ProcessGroup | None = None,
+    process_group: GroupLike = None,
     vocab_start: int | None = None,
     validate: bool | None = None,
     chunk_rows: int | None = None,
@@ -84,10 +87,13 @@ def linear_cross_entropy(
         ValueError: arguments that do not fit; see :func:`~flash_attn_ops.cross_entropy.cross_entropy` for labels.
     """
     check_options(label_smoothing, logit_scale, z_loss, reduction)
+    check_given(hidden=hidden, weight=weight)
     check_floating(hidden=hidden, weight=weight, bias=bias)
-    hidden, weight, bias = _as_autocast(hidden, weight, bias)
+    dtype = autocast_dtype(hidden)
+    hidden, weight, bias = as_autocast(hidden, dtype), as_autocast(weight, dtype), as_autocast(bias, dtype)
     _check_shapes(hidden, weight, labels, bias, chunk_rows)
-    place = place_classes(weight.shape[0], vocab_size, vocab_start, process_group)
+    group = process_group_of(process_group)
+    place = place_classes(weight.shape[0], vocab_size, vocab_start, group)
     check_labels(labels, place[1], ignore_index, validate)
 
     given = (hidden, weight, bias)
@@ -98,7 +104,7 @@ def linear_cross_entropy(
         weight,
         bias,
         labels.reshape(-1).contiguous(),
-        *(wanted, reduction, return_z_loss, process_group),
+        *(wanted, reduction, return_z_loss, group),
         *(runs_on_triton("linear_cross_entropy", hidden), chunk_rows, accumulate_in_float32),
         Options(label_smoothing, logit_scale, z_loss, ignore_index, *place),
     )
@@ -199,14 +205,6 @@ def _scaled(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype, on_trito
     return gradient
 
 
-def _as_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    device_type = hidden.device.type
-    if not torch.is_autocast_enabled(device_type) or hidden.dtype == torch.float64:
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device_type)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
 def _check_shapes(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, chunk_rows: int | None
 ) -> None:
@@ -225,7 +223,7 @@ def _check_shapes(
         if tensor is not None and tensor.dtype != hidden.dtype:
             fix = f"convert it with {name}.to({hidden.dtype}), or use autocast"
             raise bad_argument(name, tensor.dtype, f"{hidden.dtype}, the dtype of hidden", fix)
-    if chunk_rows is not None and chunk_rows < 1:
+    if chunk_rows is not None and (not isinstance(chunk_rows, int) or chunk_rows < 1):
         raise bad_argument("chunk_rows", chunk_rows, "a positive number of rows", "leave it out")
 
 
@@ -242,7 +240,7 @@ class LinearCrossEntropyLoss(nn.Module):
         reduction: Reduction = "mean",
         return_z_loss: bool = False,
         vocab_size: int | None = None,
-        process_group: ProcessGroup | None = None,
+        process_group: GroupLike = None,
         vocab_start: int | None = None,
         validate: bool | None = None,
         chunk_rows: int | None = None,

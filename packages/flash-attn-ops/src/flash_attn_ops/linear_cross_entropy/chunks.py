@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flash_attn_ops.autocast import without_autocast
 from flash_attn_ops.cross_entropy import losses_of_rows, reference
 from flash_attn_ops.cross_entropy.options import Options
 from flash_attn_ops.launch import ceil_div
@@ -63,14 +64,20 @@ def result_dtype(dtype: torch.dtype, accumulate_in_float32: bool) -> torch.dtype
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows of a chunk, and the dtype of the products for the weight's gradient."""
+    """Rows of a chunk, and the dtypes of the products for the weight's gradient and of their sum in the end."""
 
     chunk_rows: int
     sum_dtype: torch.dtype
+    result_dtype: torch.dtype
 
     @staticmethod
     def choose(
-        hidden: Tensor, weight: Tensor, chunk_rows: int | None, d_weight: bool, accumulate_in_float32: bool
+        hidden: Tensor,
+        weight: Tensor,
+        num_columns: int,
+        chunk_rows: int | None,
+        d_weight: bool,
+        accumulate_in_float32: bool,
     ) -> Plan:
         dtype, num_rows = weight.dtype, hidden.shape[0]
         result = result_dtype(dtype, accumulate_in_float32)
@@ -79,8 +86,8 @@ class Plan:
             rows_of_sum = None
             if d_weight and wide:  # a sum twice as long as the result, if that is not as long itself
                 rows_of_sum = weight.shape[1] if result == dtype else 0
-            chunk_rows = choose_chunk_rows(num_rows, weight.shape[0], weight.element_size(), rows_of_sum)
-        return Plan(chunk_rows, torch.float32 if wide and num_rows > chunk_rows else result)
+            chunk_rows = choose_chunk_rows(num_rows, num_columns, weight.element_size(), rows_of_sum)
+        return Plan(chunk_rows, torch.float32 if wide and num_rows > chunk_rows else result, result)
 
 
 def forward(
@@ -116,10 +123,13 @@ def forward(
         for result, part in zip(results, found, strict=True):
             result[rows] = part
 
-    gradients = _for_each_chunk(
-        hidden, weight, bias, wanted, losses_then_gradient, chunk_rows, accumulate_in_float32
-    )
-    return *results, *gradients
+    columns = weight.shape[0]
+    if (
+        process_group is not None
+    ):  # its ranks reduce chunk by chunk, and may have unequal parts of the classes
+        columns = ceil_div(options.num_classes, process_group.size())
+    plan = Plan.choose(hidden, weight, columns, chunk_rows, wanted[1], accumulate_in_float32)
+    return *results, *_for_each_chunk(hidden, weight, bias, wanted, losses_then_gradient, plan)
 
 
 def backward(
@@ -143,7 +153,8 @@ def backward(
         row_parts = (labels[rows], maximum[rows], log_total[rows])
         _gradient_(logits, *row_parts, d_losses[rows], options, on_triton)
 
-    return _for_each_chunk(hidden, weight, bias, wanted, gradient, chunk_rows, accumulate_in_float32)
+    plan = Plan.choose(hidden, weight, weight.shape[0], chunk_rows, wanted[1], accumulate_in_float32)
+    return _for_each_chunk(hidden, weight, bias, wanted, gradient, plan)
 
 
 def _gradient_(
@@ -171,21 +182,19 @@ def _for_each_chunk(
     bias: Tensor | None,
     wanted: Wanted,
     to_gradient: Callable[[Tensor, slice], None],
-    chunk_rows: int | None,
-    accumulate_in_float32: bool,
+    plan: Plan,
 ) -> Gradients:
     """The gradients of the three, with ``to_gradient`` making a chunk's logits, (rows, V), their gradient."""
-    plan = Plan.choose(hidden, weight, chunk_rows, wanted[1], accumulate_in_float32)
     num_columns = weight.shape[0]
-    d_hidden, d_weight, d_bias = _sum_over_chunks(
-        hidden, *_with_aligned_columns(weight, bias), num_columns, wanted, to_gradient, plan
-    )
+    with without_autocast(hidden):  # which has chosen the dtype of the logits, not that of sums over chunks
+        d_hidden, d_weight, d_bias = _sum_over_chunks(
+            hidden, *_with_aligned_columns(weight, bias), num_columns, wanted, to_gradient, plan
+        )
     if wanted[1]:  # the logits are gone, so that the result takes no memory beside both them and its sum
-        result = result_dtype(weight.dtype, accumulate_in_float32)
         d_weight = (
-            weight.new_zeros(weight.shape, dtype=result)
+            weight.new_zeros(weight.shape, dtype=plan.result_dtype)
             if d_weight is None
-            else d_weight[:num_columns].to(result)
+            else d_weight[:num_columns].to(plan.result_dtype)
         )
     if wanted[2]:
         wider = torch.promote_types(weight.dtype, torch.float32)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_attn_ops.arguments import bad_argument, check_floating, check_same_device, check_shape
+from flash_attn_ops.arguments import (
+    bad_argument,
+    check_floating,
+    check_given,
+    check_number,
+    check_same_device,
+    check_shape,
+)
 
 NAMES = ("x", "x1", "residual", "rowscale", "layerscale", "weight", "bias", "weight1", "bias1")
 
@@ -15,9 +22,8 @@ def check_norm(
 ) -> tuple[Tensor, Tensor]:
     """Types, devices and shapes of what is read, the tensors of ``NAMES``. Returns x and weight."""
     tensors = dict(zip(NAMES, inputs, strict=True))
-    for name in ("x", "weight"):
-        if tensors[name] is None:
-            raise bad_argument(name, None, "a torch.Tensor", "pass a tensor")
+    check_given(x=tensors["x"], weight=tensors["weight"])
+    check_number(eps=eps, dropout_p=dropout_p)
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     check_floating(**given)
     check_same_device(**given)

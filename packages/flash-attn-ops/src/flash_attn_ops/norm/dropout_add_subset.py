@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_ops.arguments import bad_argument, check_floating, check_integer
+from flash_attn_ops.dispatch import has_memory
 
 from .functions import layer_norm, rms_norm
 
@@ -104,15 +105,14 @@ def _subset(
     check_floating(x0=x0)
     if x0.dim() != 2:
         raise bad_argument("x0", f"shape {tuple(x0.shape)}", "(rows, N)", "flatten the leading dimensions")
-    num_rows = x0.shape[0] if x0_subset is None else x0_subset.shape[0]
-    for name, rows in (("x0_subset", x0_subset), ("out_subset", out_subset)):
-        if rows is not None:
-            check_integer(name, rows, (torch.int32, torch.int64))
-            if rows.shape != (num_rows,):
-                expected = f"({num_rows},), one for each row of the sum"
-                raise bad_argument(
-                    name, f"shape {tuple(rows.shape)}", expected, "map every row, to 0 if to none"
-                )
+    num_rows = x0.shape[0]
+    if x0_subset is not None:
+        check_integer("x0_subset", x0_subset, (torch.int32, torch.int64))
+        num_rows = x0_subset.numel()
+        _check_map("x0_subset", x0_subset, num_rows, x0.shape[0], "the rows of x0")
+    if out_subset is not None:
+        check_integer("out_subset", out_subset, (torch.int32, torch.int64))
+        _check_map("out_subset", out_subset, num_rows, out_numrows, "out_numrows")
     x = x0
     if x0_subset is not None:  # row 0 is the one that adds nothing
         x = torch.cat([x0.new_zeros(1, x0.shape[1]), x0]).index_select(0, x0_subset)
@@ -138,3 +138,17 @@ def _subset(
             mask = rows_of_x0.index_copy(0, x0_subset.long(), mask)[1:]
         rest[-2:] = [mask]
     return (out, *rest) if rest else out
+
+
+def _check_map(name: str, rows: Tensor, num_rows: int, most: int, meaning: str) -> None:
+    """One row for each row of the sum, of so many at most; values are looked at on a CPU only, where that waits for
+    nothing."""
+    if rows.shape != (num_rows,):
+        expected = f"({num_rows},), one for each row of the sum"
+        raise bad_argument(name, f"shape {tuple(rows.shape)}", expected, "map every row, to 0 if to none")
+    is_read = rows.is_cpu and has_memory(rows) and not torch.compiler.is_compiling()
+    if is_read and num_rows > 0:
+        first, last = (int(value) for value in rows.aminmax())
+        if first < 0 or last > most:
+            got, expected = f"values from {first} to {last}", f"0 to {most}, {meaning}"
+            raise bad_argument(name, got, expected, "count rows from 1; 0 is none")

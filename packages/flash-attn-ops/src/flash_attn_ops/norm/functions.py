@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flash_attn_ops.arguments import bad_argument
 from flash_attn_ops.dispatch import once_for_like_calls, runs_on_triton
+from flash_attn_ops.library import apply, tell_autograd
 
 from . import operators, reference
 from .autograd import Norm
@@ -181,13 +182,17 @@ def _norm(
     options = (eps, dropout_p, is_rms, zero_centered, out_dtype, sum_dtype)
     result1: Tensor | None
     total: Tensor | None
-    returns_sum = prenorm and (residual_out is not None or changes)
+    # Otherwise the sum is x; but not for long if out is its memory.
+    returns_sum = prenorm and (changes or out is not None or residual_out is not None)
     if not on_triton:
         result, result1, total = reference.forward(*inputs, *options)
+        if residual_out is not None:
+            total = residual_out.copy_(total)
+        elif returns_sum and total is x:
+            total = total.clone()
         out = result if out is None else out.copy_(result)
-        total = total if residual_out is None else residual_out.copy_(total)
     elif recorded:
-        results = Norm.apply(*inputs, options, returns_sum)
+        results = apply(Norm, *inputs, options, returns_sum)
         if weight1 is None and not returns_sum:
             out = results
         else:
@@ -198,6 +203,7 @@ def _norm(
         result, result1, total, _, _ = operators.forward(
             *inputs, *options, returns_sum, False, out, residual_out
         )
+        tell_autograd(out, residual_out)
         out = result if out is None else out
         total = total if residual_out is None else residual_out
     if not (prenorm or return_dropout_mask or weight1 is not None):
@@ -217,8 +223,8 @@ def _norm(
 def _checked_out_dtype(
     x: Tensor, out: Tensor | None, out_dtype: torch.dtype | None, recorded: bool
 ) -> torch.dtype:
-    if out_dtype is not None and not out_dtype.is_floating_point:
-        raise bad_argument("out_dtype", out_dtype, "a floating-point dtype", "pass torch.float32, say")
+    if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype.is_floating_point):
+        raise bad_argument("out_dtype", repr(out_dtype), "a floating-point dtype", "pass torch.float32, say")
     if out is None:
         return out_dtype or x.dtype
     dtype = out_dtype or (out.dtype if isinstance(out, Tensor) else x.dtype)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flash_attn_ops.arguments import bad_argument, check_floating, check_same_device, check_shape
+from flash_attn_ops.autocast import autocast_dtype
 from flash_attn_ops.dispatch import runs_on_triton
+from flash_attn_ops.library import apply, once_differentiable
 
 from . import operators, reference
 from .checks import check_norm
@@ -90,8 +91,8 @@ def _norm_linear(
     if runs_on_triton(name, x, residual, weight, bias) and records_gradients(
         x, residual, weight, bias, linear_weight, linear_bias
     ):
-        result, total = _NormLinear.apply(
-            *(x, residual, weight, bias, linear_weight, linear_bias),
+        result, total = apply(
+            *(_NormLinear, x, residual, weight, bias, linear_weight, linear_bias),
             *(eps, is_rms, dtype, sum_dtype, returns_sum),
         )
     else:
@@ -117,9 +118,9 @@ def _product_dtype(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None)
         )
     if linear_bias is not None:
         check_shape("linear_bias", linear_bias, linear_weight.shape[:1], "one for each row of linear_weight")
-    device_type = x.device.type
-    if device_type in ("cuda", "cpu") and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        return dtype
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise bad_argument(
@@ -175,12 +176,19 @@ class _NormLinear(torch.autograd.Function):
                 return (None,) * 11
             d_residual = None if ctx.residual_dtype is None else d_sum.to(ctx.residual_dtype)
             return (d_sum.to(ctx.x_dtype), d_residual, *(None,) * 9)
-        out, _, _, _, _ = operators.forward(
-            *(total, None, None, None, None, None, weight, bias, None, None),
-            *(ctx.eps, 0.0, ctx.is_rms, False, ctx.dtype, total.dtype, False, False, None, None),
-        )
-        d_rows = d_product.reshape(-1, d_product.shape[-1]).to(ctx.dtype)
-        d_linear_weight = d_rows.t() @ out.view(-1, out.shape[-1])
+        *needs_norm, needs_linear_weight, needs_linear_bias = ctx.needs_input_grad[:6]
+        d_rows = d_product.reshape(rstd.shape[0], d_product.shape[-1]).to(ctx.dtype)
+        d_linear_weight = d_linear_bias = None
+        if needs_linear_weight:
+            out, _, _, _, _ = operators.forward(
+                *(total, None, None, None, None, None, weight, bias, None, None),
+                *(ctx.eps, 0.0, ctx.is_rms, False, ctx.dtype, total.dtype, False, False, None, None),
+            )
+            d_linear_weight = (d_rows.t() @ out.view(-1, out.shape[-1])).to(linear_weight.dtype)
+        if needs_linear_bias:
+            d_linear_bias = d_rows.sum(0).to(ctx.linear_bias_dtype)
+        if not any(needs_norm):
+            return *(None,) * 4, d_linear_weight, d_linear_bias, *(None,) * 5
         d_out = (d_rows @ linear_weight.to(ctx.dtype)).view(total.shape)
         second_dtype = ctx.residual_dtype if ctx.residual_dtype != ctx.x_dtype else None
         dx, _, second, dw, db, _, _, _ = operators.backward(
@@ -189,9 +197,8 @@ class _NormLinear(torch.autograd.Function):
             *(None if bias is None else bias.dtype, None),
         )
         d_residual = dx if second_dtype is None else second
-        d_linear_bias = None if ctx.linear_bias_dtype is None else d_rows.sum(0).to(ctx.linear_bias_dtype)
         return (
             *(dx, None if ctx.residual_dtype is None else d_residual),
-            *(dw, None if bias is None else db, d_linear_weight.to(linear_weight.dtype), d_linear_bias),
+            *(dw, None if bias is None else db, d_linear_weight, d_linear_bias),
             *(None,) * 5,
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flash_attn_ops.arguments import bad_argument
+from flash_attn_ops.arguments import bad_argument, check_number
 
 from .functions import layer_norm, rms_norm
 
@@ -29,10 +29,11 @@ class NormModule(nn.Module):
         zero_centered_weight: bool = False,
     ) -> None:
         super().__init__()
-        if hidden_size < 0:
+        if not isinstance(hidden_size, int) or hidden_size < 0:
             raise bad_argument(
-                "hidden_size", hidden_size, "a size >= 0", "pass the last dimension of the input"
+                "hidden_size", hidden_size, "one size >= 0", "pass the last dimension of the input"
             )
+        check_number(eps=eps, dropout_p=dropout_p)
         if not 0.0 <= dropout_p < 1.0:
             raise bad_argument(
                 "dropout_p", dropout_p, "a probability in [0, 1)", "pass 0.0 to switch dropout off"

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from flash_attn_ops.launch import empty_like
 from flash_attn_ops.library import kernels_of, opaque
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
@@ -42,9 +43,9 @@ def _forward_fake(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     num_rows = x.numel() // x.shape[-1]
     return (
-        _empty_like(x, out_dtype) if out is None else None,
-        _empty_like(x, out_dtype) if weight1 is not None else None,
-        _empty_like(x, sum_dtype) if store_sum and residual_out is None else None,
+        empty_like(x, out_dtype) if out is None else None,
+        empty_like(x, out_dtype) if weight1 is not None else None,
+        empty_like(x, sum_dtype) if store_sum and residual_out is None else None,
         x.new_empty(num_rows, dtype=torch.float32) if store_statistics and not is_rms else None,
         x.new_empty(num_rows, dtype=torch.float32) if store_statistics else None,
     )
@@ -81,9 +82,9 @@ def forward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """``(out, out1, sum, mean, rstd)``: outputs and sum in the shape of x, the statistics float32 with one value a
     row. ``out`` and ``residual_out`` (contiguous) are written where they are given, and None in the result."""
-    written = _empty_like(x, out_dtype) if out is None else out
-    out1 = None if weight1 is None else _empty_like(x, out_dtype)
-    total = _empty_like(x, sum_dtype) if store_sum and residual_out is None else None
+    written = empty_like(x, out_dtype) if out is None else out
+    out1 = None if weight1 is None else empty_like(x, out_dtype)
+    total = empty_like(x, sum_dtype) if store_sum and residual_out is None else None
     written_sum = total if residual_out is None else residual_out
     mean, rstd = _kernels().forward(
         x,
@@ -132,16 +133,16 @@ def _backward_fake(
     bias1_dtype: torch.dtype | None,
 ) -> Gradients:
     def like(tensor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-        return None if dtype is None else _empty_like(tensor, dtype)
+        return None if dtype is None else empty_like(tensor, dtype)
 
     return (
-        _empty_like(total, x_dtype),
+        empty_like(total, x_dtype),
         *(like(total, x1_dtype), like(total, residual_dtype)),
-        _empty_like(weight),
+        empty_like(weight),
         like(weight, bias_dtype),
-        None if weight1 is None else _empty_like(weight1),
+        None if weight1 is None else empty_like(weight1),
         like(weight, bias1_dtype),
-        None if x is None or layerscale is None else _empty_like(layerscale),
+        None if x is None or layerscale is None else empty_like(layerscale),
     )
 
 
@@ -209,20 +210,15 @@ def backward(
 
 
 def _mask_fake(seed: Tensor, x: Tensor, dropout_p: float, branch: int) -> Tensor:
-    return _empty_like(x, torch.bool)
+    return empty_like(x, torch.bool)
 
 
 @opaque("norm_dropout_mask(Tensor seed, Tensor x, float dropout_p, int branch) -> Tensor", _mask_fake)
 def dropout_mask(seed: Tensor, x: Tensor, dropout_p: float, branch: int) -> Tensor:
     """Which elements of x (..., N) stay: bool. Of x only the shape counts."""
-    mask = _empty_like(x, torch.bool)
+    mask = empty_like(x, torch.bool)
     _kernels().dropout_mask(seed, mask, dropout_p, branch)
     return mask
-
-
-def _empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Contiguous memory of the tensor's shape; at half the host time of new_empty."""
-    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _dense(tensor: MaybeTensor) -> MaybeTensor:

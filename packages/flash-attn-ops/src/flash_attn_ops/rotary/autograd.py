@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_ops.dispatch import once_for_like_calls, runs_on_triton
-from flash_attn_ops.library import once_differentiable
+from flash_attn_ops.library import apply, tell_autograd
 
 from . import operators, reference
 from .checks import Positions, Tables
@@ -31,13 +31,13 @@ def rotate_heads(
         return x.copy_(out.view(x.shape)) if inplace else out.view(x.shape)
     options = _options(tables, positions, interleaved)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _RotateHeads.apply(x, counts, _num_token_dims(positions), inplace, *options)
+        return apply(_RotateHeads, x, counts, _num_token_dims(positions), inplace, False, *options)
     heads = _as_heads(x, positions)
     if not inplace:
         out = operators.rotate_heads(heads, *counts, *options, False)
         return out if heads is x else out.view(x.shape)
     operators.rotate_heads_(heads, *counts, *options, False)
-    _tell_autograd(x)
+    tell_autograd(x)
     return x
 
 
@@ -57,12 +57,11 @@ def rotate_pair(
         )
     options = _options(tables, positions, interleaved)
     if with_grad:
-        return _RotatePair.apply(q, k, inplace, *options)
+        return apply(_RotatePair, q, k, inplace, False, *options)
     if not inplace:
         return operators.rotate_pair(q, k, *options, False)
     operators.rotate_pair_(q, k, *options, False)
-    _tell_autograd(q)
-    _tell_autograd(k)
+    tell_autograd(q, k)
     return q, k
 
 
@@ -77,56 +76,76 @@ class _RotateHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, counts: tuple[int, int], token_dims: int, inplace: bool, *options: Any
+        ctx: Any,
+        x: Tensor,
+        counts: tuple[int, int],
+        token_dims: int,
+        inplace: bool,
+        conjugate: bool,
+        *options: Any,
     ) -> Tensor:
-        _save(ctx, options)
+        _save(ctx, conjugate, options)
         ctx.counts, ctx.token_dims = counts, token_dims
         heads = _flatten_heads(x, token_dims)
         if not inplace:
-            out = operators.rotate_heads(heads, *counts, *options, False)
+            out = operators.rotate_heads(heads, *counts, *options, conjugate)
             return out if heads is x else out.view(x.shape)
         ctx.mark_dirty(x)
-        operators.rotate_heads_(heads, *counts, *options, False)
+        operators.rotate_heads_(heads, *counts, *options, conjugate)
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         # Never in place: other consumers of the gradient may hold the same memory.
-        options = _saved(ctx)
-        heads = _flatten_heads(d_out, ctx.token_dims)
-        dx = operators.rotate_heads(heads, *ctx.counts, *options, True)
-        dx = dx if heads is d_out else dx.view(d_out.shape)
-        return (dx, *[None] * (3 + len(options)))
+        conjugate, options = _saved(ctx)
+        if _is_differentiated_again(d_out):
+            dx = _RotateHeads.apply(d_out, ctx.counts, ctx.token_dims, False, not conjugate, *options)
+        else:
+            heads = _flatten_heads(d_out, ctx.token_dims)
+            dx = operators.rotate_heads(heads, *ctx.counts, *options, not conjugate)
+            dx = dx if heads is d_out else dx.view(d_out.shape)
+        return (dx, *[None] * (4 + len(options)))
 
 
 class _RotatePair(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, inplace: bool, *options: Any) -> tuple[Tensor, Tensor]:
-        _save(ctx, options)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, inplace: bool, conjugate: bool, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        _save(ctx, conjugate, options)
         if not inplace:
-            return operators.rotate_pair(q, k, *options, False)
+            return operators.rotate_pair(q, k, *options, conjugate)
         ctx.mark_dirty(q, k)
-        operators.rotate_pair_(q, k, *options, False)
+        operators.rotate_pair_(q, k, *options, conjugate)
         return q, k
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        options = _saved(ctx)
-        dq, dk = operators.rotate_pair(dq, dk, *options, True)
-        return dq, dk, None, *[None] * len(options)
+        conjugate, options = _saved(ctx)
+        if _is_differentiated_again(dq, dk):
+            dq, dk = _RotatePair.apply(dq, dk, False, not conjugate, *options)
+        else:
+            dq, dk = operators.rotate_pair(dq, dk, *options, not conjugate)
+        return dq, dk, *[None] * (2 + len(options))
 
 
-def _save(ctx: Any, options: Options) -> None:
+def _is_differentiated_again(*gradients: Tensor) -> bool:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return any(gradient.requires_grad for gradient in gradients)
+
+
+def _save(ctx: Any, conjugate: bool, options: Options) -> None:
     cos, sin, cos_k, sin_k, offsets, offset, cu_seqlens, position_ids, interleaved = options
     ctx.save_for_backward(cos, sin, cos_k, sin_k, offsets, cu_seqlens, position_ids)
-    ctx.offset, ctx.interleaved = offset, interleaved
+    ctx.offset, ctx.interleaved, ctx.conjugate = offset, interleaved, conjugate
 
 
-def _saved(ctx: Any) -> Options:
+def _saved(ctx: Any) -> tuple[bool, Options]:
+    """``conjugate`` and the options."""
     cos, sin, cos_k, sin_k, offsets, cu_seqlens, position_ids = ctx.saved_tensors
-    return cos, sin, cos_k, sin_k, offsets, ctx.offset, cu_seqlens, position_ids, ctx.interleaved
+    options = (cos, sin, cos_k, sin_k, offsets, ctx.offset, cu_seqlens, position_ids, ctx.interleaved)
+    return ctx.conjugate, options
 
 
 def _options(tables: Tables, positions: Positions, interleaved: bool) -> Options:
@@ -161,9 +180,3 @@ def _by_reference(
         parts.append(reference.rotate(part, *rows, interleaved))
         start += count
     return torch.cat([*parts, heads[..., start:, :]], dim=-2)
-
-
-def _tell_autograd(x: Tensor) -> None:
-    """The kernel writes behind autograd's back."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(x)

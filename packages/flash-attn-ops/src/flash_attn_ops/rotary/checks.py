@@ -10,11 +10,12 @@ from torch import Tensor
 from flash_attn_ops.arguments import (
     bad_argument,
     check_floating,
+    check_given,
     check_integer,
     check_same_device,
     check_shape,
 )
-from flash_attn_ops.dispatch import once_for_like_calls
+from flash_attn_ops.dispatch import has_memory, once_for_like_calls
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -69,14 +70,13 @@ def _check_fit(
     tables = Tables(*given[len(names) : -3])
     offsets, cu_seqlens, position_ids = given[-3:]
     positions = Positions(start if offsets is None else offsets, cu_seqlens, max_seqlen, position_ids)
+    check_given(**tensors, cos=tables.cos, sin=tables.sin)
     check_floating(**tensors, **tables._asdict())
-    check_same_device(
-        **tensors,
-        **tables._asdict(),
-        seqlen_offsets=offsets,
-        cu_seqlens=cu_seqlens,
-        position_ids=position_ids,
-    )
+    indices = {"seqlen_offsets": offsets, "cu_seqlens": cu_seqlens, "position_ids": position_ids}
+    for name, tensor in indices.items():
+        if tensor is not None:
+            check_integer(name, tensor, INTEGERS)
+    check_same_device(**tensors, **tables._asdict(), **indices)
     for name, x in tensors.items():
         _check_layout(name, x, positions)
     name, x = next(iter(tensors.items()))
@@ -137,7 +137,6 @@ def _check_sequences(x: Tensor, positions: Positions) -> None:
     offsets, cu_seqlens, max_seqlen, position_ids = positions
     num_sequences = x.shape[0]
     if position_ids is not None:
-        check_integer("position_ids", position_ids, INTEGERS)
         check_shape("position_ids", position_ids, x.shape[:-2], "one position for each token")
         if cu_seqlens is not None or isinstance(offsets, Tensor) or offsets != 0:
             got = "position_ids together with seqlen_offsets or cu_seqlens"
@@ -145,7 +144,6 @@ def _check_sequences(x: Tensor, positions: Positions) -> None:
                 "position_ids", got, "one way to say positions", "add the offsets to position_ids"
             )
     if cu_seqlens is not None:
-        check_integer("cu_seqlens", cu_seqlens, INTEGERS)
         if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
             got = f"shape {tuple(cu_seqlens.shape)}"
             raise bad_argument(
@@ -157,7 +155,6 @@ def _check_sequences(x: Tensor, positions: Positions) -> None:
             "max_seqlen", max_seqlen, "None without cu_seqlens", "leave it out: x has the length"
         )
     if isinstance(offsets, Tensor):
-        check_integer("seqlen_offsets", offsets, INTEGERS)
         check_shape("seqlen_offsets", offsets, (num_sequences,), "one offset for each sequence")
     elif type(offsets) is not int and not isinstance(offsets, int | torch.SymInt):
         got = type(offsets).__name__
@@ -167,7 +164,7 @@ def _check_sequences(x: Tensor, positions: Positions) -> None:
 def check_positions(x: Tensor, cos: Tensor, positions: Positions) -> None:
     """The table has every position, as far as the host knows the positions."""
     offsets, cu_seqlens, max_seqlen, position_ids = positions
-    host_reads = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    host_reads = x.device.type == "cpu" and not torch.compiler.is_compiling() and has_memory(x)
     if position_ids is not None:
         if host_reads and position_ids.numel():
             first, last = int(position_ids.min()), int(position_ids.max())
@@ -182,7 +179,7 @@ def check_positions(x: Tensor, cos: Tensor, positions: Positions) -> None:
     if isinstance(offsets, Tensor):
         if not host_reads or not len(offsets):
             return
-        ends = torch.where(torch.as_tensor(lengths) > 0, offsets + lengths, 0)
+        ends = torch.where(torch.as_tensor(lengths, device=offsets.device) > 0, offsets + lengths, 0)
         first, end = int(offsets.min()), int(ends.max())
     else:
         longest = int(lengths.max()) if isinstance(lengths, Tensor) else lengths

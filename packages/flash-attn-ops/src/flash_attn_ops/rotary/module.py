@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flash_attn_ops.arguments import bad_argument
+from flash_attn_ops.arguments import bad_argument, check_given
+from flash_attn_ops.dispatch import has_memory
 
 from .autograd import rotate_pair
 from .checks import Positions, Tables, check
@@ -52,6 +53,9 @@ class RotaryEmbedding(nn.Module):
             raise bad_argument("dim", dim, "a positive even number", "rotate an even number of dimensions")
         if not base > 0:
             raise bad_argument("base", base, "a positive number", "use the default, 10000.0")
+        if scaling is not None and not hasattr(scaling, "frequencies"):
+            fix = "make one of a Hugging Face configuration with from_hugging_face"
+            raise bad_argument("scaling", type(scaling).__name__, "a scaling of frequencies, or None", fix)
         if scale_base is not None and not scale_base > 0:
             raise bad_argument("scale_base", scale_base, "a positive number or None", "use 512, or None")
         self.dim = dim
@@ -84,6 +88,7 @@ class RotaryEmbedding(nn.Module):
                 which are not read here.
             cu_seqlens, position_ids: see :func:`~flash_attn_ops.rotary.apply_rotary_emb`.
         """
+        check_given(q=q, k=k)
         if q.dim() != k.dim() or q.dim() not in (3, 4) or q.shape[:-2] != k.shape[:-2]:
             got = f"shapes {tuple(q.shape)} and {tuple(k.shape)}"
             raise bad_argument(
@@ -111,18 +116,19 @@ class RotaryEmbedding(nn.Module):
             num_heads_q: Hq.
             seqlen_offset, max_seqlen, cu_seqlens, position_ids: see :meth:`forward`.
         """
+        check_given(qkv=qkv)
         positions = Positions(seqlen_offset, cu_seqlens, None, position_ids)
         tables = self._tables_for(qkv, positions, max_seqlen)
         return rotate_packed(qkv, num_heads_q, tables, positions, self.interleaved, self.inplace)
 
-    def tables(self, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def tables(self, positions: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """cos and sin, float32, (at least ``positions``, dim / 2): for :func:`apply_rotary_emb`."""
-        tables = self._grown_table(positions, device)
+        tables = self._grown_table(positions, _as_tensors_have_it(device))
         return tables.cos, tables.sin
 
-    def key_tables(self, positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def key_tables(self, positions: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """The same for keys: other ones with XPos only."""
-        tables = self._grown_table(positions, device)
+        tables = self._grown_table(positions, _as_tensors_have_it(device))
         if tables.cos_k is None or tables.sin_k is None:
             return tables.cos, tables.sin
         return tables.cos_k, tables.sin_k
@@ -141,15 +147,24 @@ class RotaryEmbedding(nn.Module):
                 expected = f"the number of positions, with {name}"
                 raise bad_argument("max_seqlen", None, expected, "pass the capacity of the cache")
         assert not isinstance(start, Tensor)
-        return self._grown_table(start + x.shape[1], x.device)
+        seqlen = x.shape[1] if x.dim() > 1 else 0  # others are refused
+        return self._grown_table(start + seqlen, x.device)
 
     def _grown_table(self, positions: int, device: torch.device) -> Tables:
         rows = len(self._rows.cos)
         if rows < positions:
             self._rows = self._table(max(positions, 2 * rows), device)
-        elif self._rows.cos.device != device:
+        elif not has_memory(self._rows.cos) and device.type != "meta":  # made where there are no values
             self._rows = self._table(rows, device)
+        elif self._rows.cos.device != device:
+            self._rows = self._moved_table(device)
         return self._rows
+
+    @torch.inference_mode(False)  # as :meth:`_table`
+    def _moved_table(self, device: torch.device) -> Tables:
+        cos, sin, cos_k, sin_k = self._rows
+        keys = (None, None) if cos_k is None or sin_k is None else (cos_k.to(device), sin_k.to(device))
+        return Tables(cos.to(device), sin.to(device), *keys)
 
     @torch.inference_mode(False)  # a table made while generating must serve training too
     def _table(self, positions: int, device: torch.device) -> Tables:
@@ -179,3 +194,8 @@ class RotaryEmbedding(nn.Module):
         if self.scale_base is not None:
             text += f", scale_base={self.scale_base}, scale_center={self.scale_center}"
         return f"{text}, inplace={self.inplace}"
+
+
+def _as_tensors_have_it(device: torch.device | str) -> torch.device:
+    """The device of tensors that are made there: cuda:0 of "cuda", say, which is not equal to it."""
+    return torch.empty(0, device=device).device

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from flash_attn_ops.launch import empty_like
 from flash_attn_ops.library import kernels_of, opaque
 
 _kernels = kernels_of(__package__)
@@ -27,7 +27,7 @@ _OPTIONS = f"{_TABLES}, {_POSITIONS}, bool interleaved, bool conjugate"
 def rotate_heads(x: Tensor, num_first: int, num_second: int, *options: Any) -> Tensor:
     """x (..., heads, D) rotated, contiguous."""
     x = _dense(x)
-    out = _empty_like(x)
+    out = empty_like(x)
     _launch_heads(x, out, num_first, num_second, *options)
     rest = num_first + num_second
     if rest < x.shape[-2]:
@@ -50,7 +50,7 @@ def rotate_heads_(x: Tensor, num_first: int, num_second: int, *options: Any) -> 
 def rotate_pair(q: Tensor, k: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """Two tensors of the same tokens rotated in one launch, contiguous."""
     q, k = _dense(q), _dense(k)
-    out_q, out_k = _empty_like(q), _empty_like(k)
+    out_q, out_k = empty_like(q), empty_like(k)
     _launch([(q, out_q), (k, out_k)], *options)
     return out_q, out_k
 
@@ -97,8 +97,3 @@ def _launch(
 def _dense(tensor: Tensor) -> Tensor:
     """With neighbouring values in the last dimension."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _empty_like(tensor: Tensor) -> Tensor:
-    """Contiguous memory of the tensor's shape; at half the host time of new_empty."""
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)

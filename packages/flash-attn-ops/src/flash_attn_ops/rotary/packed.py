@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flash_attn_ops.arguments import bad_argument
+from flash_attn_ops.arguments import bad_argument, check_given
 
 from .autograd import rotate_heads
 from .checks import Positions, Tables, check
@@ -20,6 +20,7 @@ def rotate_packed(
 ) -> Tensor:
     """Queries and keys of packed projections rotated, in place or not: (B, S, 3, H, D), or (B, S, Hq + 2 Hk, D) with
     num_heads_q; (T, ...) if packed sequences."""
+    check_given(qkv=qkv)
     if num_heads_q is None:
         heads = heads_of_packed("qkv", qkv, 3, inplace)
         num_first = num_second = qkv.shape[-2]
@@ -37,6 +38,7 @@ def rotate_packed(
 
 def heads_of_packed(name: str, packed: Tensor, parts: int, inplace: bool) -> Tensor:
     """(..., parts, H, D) as (..., parts * H, D), a view if it is to be overwritten."""
+    check_given(**{name: packed})
     if packed.dim() < 4 or packed.shape[-3] != parts:
         expected = f"(B, S, {parts}, H, D) or (T, {parts}, H, D)"
         fix = "stack the parts" if name == "kv" else "stack the parts, or give num_heads_q"

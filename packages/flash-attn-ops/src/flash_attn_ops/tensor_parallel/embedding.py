@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_attn_ops.arguments import bad_argument, check_integer
+from flash_attn_ops.dispatch import has_memory
 from flash_attn_ops.distributed import GroupLike, Partition, all_reduce, reduce_scatter, resolve_group
 
 
@@ -73,7 +74,8 @@ class _ParallelEmbedding(nn.Module):
     def _check(self, indices: Tensor) -> None:
         """Values are looked at on a CPU only, where that waits for nothing."""
         check_integer("indices", indices, (torch.int64, torch.int32))
-        if indices.is_cpu and indices.numel() > 0 and not torch.compiler.is_compiling():
+        is_read = indices.is_cpu and has_memory(indices) and not torch.compiler.is_compiling()
+        if is_read and indices.numel() > 0:
             least, most = (int(value) for value in indices.aminmax())
             if least < 0 or most >= self.num_embeddings:
                 raise bad_argument(

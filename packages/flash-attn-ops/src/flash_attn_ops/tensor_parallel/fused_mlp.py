@@ -8,13 +8,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flash_attn_ops.arguments import bad_argument
+from flash_attn_ops.autocast import as_autocast, autocast_dtype
 from flash_attn_ops.distributed import GroupLike
 from flash_attn_ops.distributed.pending import all_gather_async
+from flash_attn_ops.library import once_differentiable
 
-from .linear import as_autocast, check_product
+from .linear import checked_product
 from .mlp import ParallelMLP
 from .products import Layout, Needs, column_backward, column_forward, row_backward, row_forward
 
@@ -78,10 +79,11 @@ class ParallelFusedMLP(ParallelMLP):
         if self.checkpoint_lvl == 0 or torch.compiler.is_compiling():
             return super().forward(x)
         fc1, fc2 = self.fc1, self.fc2
-        check_product(x, fc1.weight, fc1.bias)
-        tensors = as_autocast(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        tensors = checked_product(x, fc1.weight, fc1.bias)
+        dtype = autocast_dtype(x)
+        tensors2 = as_autocast(fc2.weight, dtype), as_autocast(fc2.bias, dtype)
         layout = Layout(fc1.group, fc1.sequence_parallel)
-        return _RecomputingMLP.apply(*tensors, self.activation, layout, self.checkpoint_lvl)
+        return _RecomputingMLP.apply(*tensors, *tensors2, self.activation, layout, self.checkpoint_lvl)
 
 
 class _RecomputingMLP(torch.autograd.Function):

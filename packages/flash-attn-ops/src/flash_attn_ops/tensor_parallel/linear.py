@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from flash_attn_ops.arguments import bad_argument, check_floating, check_same_device, check_shape
+from flash_attn_ops.arguments import bad_argument, check_floating, check_given, check_same_device, check_shape
+from flash_attn_ops.autocast import as_autocast, autocast_dtype
 from flash_attn_ops.distributed import GroupLike, Partition, resolve_group
+from flash_attn_ops.library import apply, once_differentiable
 
 from .products import Layout, Needs, column_backward, column_forward, row_backward, row_forward
 
@@ -42,9 +43,8 @@ def column_parallel_linear(
     The gradient of x is added up over the ranks (and cut, with ``sequence_parallel``) while the gradient of the weight
     is computed. Gathered tokens are not kept for backward but gathered again, while the gradient of x is computed.
     """
-    check_product(x, weight, bias)
-    layout = Layout(resolve_group(group), sequence_parallel)
-    return _ColumnParallel.apply(*as_autocast(x, weight, bias), layout)
+    x, weight, bias = checked_product(x, weight, bias)
+    return apply(_ColumnParallel, x, weight, bias, Layout(resolve_group(group), sequence_parallel))
 
 
 def row_parallel_linear(
@@ -70,7 +70,7 @@ def row_parallel_linear(
         ValueError: shapes, dtypes or devices that do not fit; with ``sequence_parallel``, tokens that the W ranks do
             not divide.
     """
-    check_product(x, weight, bias)
+    x, weight, bias = checked_product(x, weight, bias)
     layout = Layout(resolve_group(group), sequence_parallel)
     if layout.gathers and x.shape[0] % layout.group.size:
         raise bad_argument(
@@ -79,7 +79,7 @@ def row_parallel_linear(
             f"a multiple of {layout.group.size}, the ranks among which sequence parallelism shares them",
             "pad the tokens to a multiple, or pass sequence_parallel=False",
         )
-    return _RowParallel.apply(*as_autocast(x, weight, bias), layout)
+    return apply(_RowParallel, x, weight, bias, layout)
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -112,17 +112,12 @@ class _RowParallel(torch.autograd.Function):
         return *row_backward(gradient, x, weight, ctx.layout, needs), None
 
 
-def as_autocast(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
-    """x and the parameters as autocast gives them to a matrix product, which leaves float64 alone."""
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
-        return x, *parameters
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (x, *parameters))
-
-
-def check_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def checked_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, weight and bias that fit each other, as autocast gives them to a product."""
+    check_given(x=x, weight=weight)
     check_floating(x=x, weight=weight, bias=bias)
+    dtype = autocast_dtype(x)
+    x, weight, bias = as_autocast(x, dtype), as_autocast(weight, dtype), as_autocast(bias, dtype)
     check_same_device(x=x, weight=weight, bias=bias)
     if weight.dim() != 2:
         raise bad_argument("weight", f"shape {tuple(weight.shape)}", "(outputs, inputs)", "pass a matrix")
@@ -135,13 +130,12 @@ def check_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],), "one for each output of the weight")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise bad_argument(
                 name, tensor.dtype, f"{x.dtype}, the dtype of x", f"use autocast, or x.to({tensor.dtype})"
             )
+    return x, weight, bias
 
 
 class _ParallelLinear(nn.Module, ABC):

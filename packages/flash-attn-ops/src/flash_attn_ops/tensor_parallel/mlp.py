@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from flash_attn_ops.activations import Activation, GatedActivation
+from flash_attn_ops.arguments import bad_argument
 from flash_attn_ops.distributed import GroupLike
+from flash_attn_ops.launch import ceil_div
 
 from .linear import ColumnParallelLinear, RowParallelLinear
 
@@ -53,7 +54,7 @@ class ParallelMLP(nn.Module):
         hidden = 4 * in_features if hidden_features is None else hidden_features
         out = in_features if out_features is None else out_features
         self.activation: Callable[[Tensor], Tensor] = (
-            Activation(activation) if isinstance(activation, str) else activation
+            Activation(activation) if isinstance(activation, str) else _checked(activation)
         )
         self.fc1 = ColumnParallelLinear(
             in_features,
@@ -110,13 +111,15 @@ class ParallelGatedMLP(nn.Module):
     ) -> None:
         super().__init__()
         hidden = (
-            math.ceil(8 * in_features / (3 * multiple_of)) * multiple_of
+            ceil_div(8 * in_features // 3, multiple_of) * multiple_of
             if hidden_features is None
             else hidden_features
         )
         out = in_features if out_features is None else out_features
         self.gated: Callable[[Tensor], Tensor] = (
-            GatedActivation(activation, "value_gate") if isinstance(activation, str) else _gated(activation)
+            GatedActivation(activation, "value_gate")
+            if isinstance(activation, str)
+            else _gated(_checked(activation))
         )
         self.fc1 = ColumnParallelLinear(
             in_features,
@@ -143,6 +146,12 @@ class ParallelGatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (tokens, ..., in_features) -> (tokens, ..., out_features)."""
         return self.fc2(self.gated(self.fc1(x)))
+
+
+def _checked(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    if not callable(activation):
+        raise bad_argument("activation", activation, "a name or a function", "pass 'gelu', say")
+    return activation
 
 
 def _gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -141,4 +141,4 @@ def _of_weight(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.flatten(0, -2)  # reshape would not know how many rows no columns make
