@@ -107,15 +107,23 @@ def main() -> None:
         theirs = transformers_model(ours, model_type)
         check_agreement(ours, theirs, sizes)
         limit = 0 if arguments.smoke else arguments.compile_limit
-        for batch in sizes.batches:
-            rows += decode_rows(name, ours, theirs, sizes, batch, limit, ceilings["copy_gbps"])
-        for batch in sizes.prefill_batches:
-            rows += prefill_rows(name, ours, theirs, sizes, batch)
+        for measured in cases(name, ours, theirs, sizes, limit, ceilings["copy_gbps"]):
+            rows += measured
+            if not arguments.smoke:
+                write_result(arguments.json, "generate", rows, ceilings)
         del ours, theirs
-        if not arguments.smoke:
-            write_result(arguments.json, "generate", rows, ceilings)
         if sizes.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def cases(
+    name: str, ours: GPTLMHeadModel, theirs: Any, sizes: Sizes, compile_limit_s: int, copy_gbps: float
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one batch size after the other, so that a run that is cut off keeps what it had."""
+    for batch in sizes.batches:
+        yield decode_rows(name, ours, theirs, sizes, batch, compile_limit_s, copy_gbps)
+    for batch in sizes.prefill_batches:
+        yield prefill_rows(name, ours, theirs, sizes, batch)
 
 
 def transformers_model(ours: GPTLMHeadModel, model_type: str) -> Any:

@@ -94,7 +94,7 @@ def main() -> None:
         for row in measured:
             print("  ".join(str(value) for name, value in row.items() if name != "bytes_moved"), flush=True)
         torch.cuda.empty_cache()
-    write_result(arguments.json, "cross_entropy", rows, ceilings)
+        write_result(arguments.json, "cross_entropy", rows, ceilings)
 
 
 if __name__ == "__main__":

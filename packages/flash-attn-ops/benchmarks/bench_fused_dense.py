@@ -153,7 +153,7 @@ def main() -> None:
         for row in measured:
             print("  ".join(str(value) for value in row.values()), flush=True)
         torch.cuda.empty_cache()
-    write_result(arguments.json, "fused_dense", rows, ceilings)
+        write_result(arguments.json, "fused_dense", rows, ceilings)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def main() -> None:
         for row in measured:
             print("  ".join(str(value) for value in row.values()), flush=True)
         torch.cuda.empty_cache()
-    write_result(arguments.json, "linear_cross_entropy", rows, ceilings)
+        write_result(arguments.json, "linear_cross_entropy", rows, ceilings)
 
 
 if __name__ == "__main__":

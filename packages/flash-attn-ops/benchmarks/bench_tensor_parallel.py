@@ -229,8 +229,7 @@ def run_rank(rank: int, arguments: argparse.Namespace, rendezvous: str) -> None:
         if rank == 0:
             for row in measured:
                 print("  ".join(map(str, row.values())), flush=True)
-    if rank == 0:
-        write_result(arguments.json, "tensor_parallel", rows, ceilings)
+            write_result(arguments.json, "tensor_parallel", rows, ceilings)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -108,7 +108,8 @@ def check_agreement(results: dict[str, tuple[Tensor, ...]], case: Case) -> None:
 
 
 def run(benchmark: str, summary: str, cases: Callable[[bool], list[Callable[[], Case]]]) -> None:
-    """The command line of a benchmark; ``cases(quick)`` are made one at a time, for the sake of memory."""
+    """The command line of a benchmark; ``cases(quick)`` are made one at a time, for the sake of memory, and after each
+    of them the result is written, so that a run that is cut off keeps what it had."""
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument("--json", default=f"{benchmark}.json", help="result file (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one size, fewer samples")
@@ -122,4 +123,4 @@ def run(benchmark: str, summary: str, cases: Callable[[bool], list[Callable[[], 
         for row in measured:
             print("  ".join(str(value) for name, value in row.items() if name != "bytes_moved"), flush=True)
         torch.cuda.empty_cache()
-    write_result(arguments.json, benchmark, rows, ceilings)
+        write_result(arguments.json, benchmark, rows, ceilings)

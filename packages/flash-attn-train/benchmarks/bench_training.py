@@ -1,40 +1,40 @@
 """Training speed of GPT-2 and LLaMA shapes on one GPU, against the same shapes of transformers.
 
 One loop for all contestants: bf16 autocast over float32 weights, gradients of several forward passes added up, clipped
-to norm 1, fused AdamW, random tokens. The contestants take turns of a few steps in one process, of which the first is
-not timed; weights and optimizer state of those that wait are in pinned CPU memory, so that the GPU's is there for one.
-The peer is transformers' model with SDPA attention, whole model and loss under torch.compile.
+to norm 1, fused AdamW, random tokens, as many a step for all. The contestants take turns of a few steps in one process,
+of which the first is not timed; weights and optimizer state of those that wait are in the CPU's memory, so that the
+GPU's is there for one. training_contestants.py says who they are.
 
 Model FLOPs are those of flash_attn_train.flops, the same for all contestants: 6 N + 12 L H Q T a token, with N weights
 of the matrices that a token is multiplied with (the output layer also where it is tied; no embeddings, biases, norms),
 L layers, H heads of width Q, T tokens of context; a causal mask is not discounted (Chowdhery et al. 2022,
 arXiv:2204.02311, appendix B). MFU is their rate as a share of what the device's data sheet says of dense bf16. Peak
 memory is of a step, with the weights and the optimizer state of the contestant, and without those of the others.
+
+    python benchmarks/bench_training.py [--shapes gpt2@1024 ...] [--batch-size N] [--json FILE] [--resume FILE]
+    python benchmarks/bench_training.py --smoke     # tiny shapes on a CPU: shows that it runs, measures nothing
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 import torch
 from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel
 from flash_attn_models.gpt.families import named_config
-from flash_attn_models.testing import measure_ceilings, write_result
 from flash_attn_train.flops import count_parameters, flops_per_sample
-from torch import Tensor, nn
-from torch.nn import functional as F
+from result_file import ResultFile, Row, add_options, free_device_memory
+from training_contestants import MAKERS, OURS, OURS_COMPILED, THEIRS, THEIRS_MASKED, Batch, Contestant
 
 PEAK_TFLOPS = 989.4  # H100 SXM and H200, dense bf16
 TOKENS_PER_STEP = 2**17
 TURNS = 2  # of each contestant
-SUPPORTED = ("ours", "ours, layers compiled", "transformers, compiled")
 
 
 @dataclass(frozen=True)
@@ -46,227 +46,192 @@ class Shape:
     batch_size: int
     layers: int | None = None  # fewer than the model has, to try the program out
 
+    @property
+    def passes(self) -> int:
+        """Forward passes of a step."""
+        return max(1, TOKENS_PER_STEP // (self.seqlen * self.batch_size)) if self.layers is None else 2
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.passes * self.batch_size * self.seqlen
+
+    @property
+    def case(self) -> Row:
+        """What a row says of it."""
+        return {"model": self.name, "seqlen": self.seqlen}
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.seqlen}"
+
+
+# Sequences of a pass are as many as fit into 80 GB with room to spare. A step takes 16 bytes a parameter (weights,
+# gradients, two means) and 2 of bf16 copies; for the backward pass our GPT-2 and LLaMA keep some 36 and 52 bytes a
+# token, layer and unit of width, the peers a third more, and 4 bytes for every logit: at most 56 GiB, and 64.
 SHAPES = (
-    Shape("gpt2", 1024, 32),
-    Shape("gpt2-medium", 1024, 16),
+    Shape("gpt2", 1024, 64),
+    Shape("gpt2-medium", 1024, 32),
     Shape("gpt2-large", 1024, 16),
     Shape("gpt2-xl", 1024, 8),
-    Shape("llama-3.2-1b", 2048, 4),
-    Shape("llama-3.2-1b", 8192, 1),
+    Shape("llama-3.2-1b", 2048, 8),
+    Shape("llama-3.2-1b", 8192, 2),
 )
 SMOKE = (Shape("gpt2", 64, 2, layers=1), Shape("llama-3.2-1b", 64, 1, layers=1))
 
 
+@dataclass
+class Measured:
+    """Of one contestant: seconds of its timed steps, and the most bytes that it had in one (0 on a CPU)."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+
 def config_of(shape: Shape) -> GPTConfig:
-    config = named_config(shape.name)
-    # A vocabulary in multiples of 64 for all contestants: rows of other lengths are not aligned.
-    vocab_size = 1024 if shape.layers else -(-config.vocab_size // 64) * 64
-    return dataclasses.replace(
-        config,
+    config = dataclasses.replace(
+        named_config(shape.name),
         max_seqlen=shape.seqlen,
-        n_layer=shape.layers or config.n_layer,
-        vocab_size=vocab_size,
         dropout=0.0,
         embedding_dropout=None,
         attn_dropout=0.0,
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    if shape.layers is None:
+        # A vocabulary in multiples of 64 for all contestants: rows of other lengths are not aligned.
+        return dataclasses.replace(config, vocab_size=-(-config.vocab_size // 64) * 64)
+    n_head_kv = None if config.n_head_kv is None else 2
+    return dataclasses.replace(
+        config,
+        n_layer=shape.layers,
+        vocab_size=1024,
+        d_model=64,
+        n_head=4,
+        n_head_kv=n_head_kv,
+        d_head=None,
+        d_inner=128,
     )
 
 
-class Contestant:
-    """A model with its optimizer, and one training step."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.model, self.loss = model, loss
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
-        self.seconds: list[float] = []
-        self.peak_bytes = 0
-        self._copies: dict[Tensor, Tensor] = {}  # by identity, which is how tensors are hashed
-
-    def step(self, batches: list[tuple[Tensor, Tensor]]) -> None:
-        device = batches[0][0].device
-        for tokens, labels in batches:
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = self.loss(tokens, labels) / len(batches)
-            loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def resting_bytes(self) -> int:
-        """Weights and optimizer state."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._resting())
-
-    def park(self) -> None:
-        """Moves weights and optimizer state to pinned CPU memory, and gives their memory on the device back.
-
-        The tensors stay the same objects, which compiled code and the optimizer know.
-        """
-        for tensor in self._resting():
-            storage = tensor.untyped_storage()
-            if storage.nbytes():
-                here = _bytes_of(storage)
-                copy = self._copies.get(tensor)
-                if copy is None:
-                    copy = torch.empty(here.shape, dtype=torch.uint8, pin_memory=here.is_cuda)
-                    self._copies[tensor] = copy
-                copy.copy_(here)
-                storage.resize_(0)
-
-    def wake(self) -> None:
-        """Undoes ``park``."""
-        for tensor, copy in self._copies.items():
-            storage = tensor.untyped_storage()
-            storage.resize_(copy.numel())
-            _bytes_of(storage).copy_(copy)
-
-    def _resting(self) -> list[Tensor]:
-        states = [t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-        return [*self.model.parameters(), *states]
-
-
-def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def ours(config: GPTConfig, device: str, *, compile_layers: bool) -> Contestant:
-    model = GPTLMHeadModel(config, device=device)
-    if compile_layers:
-        for layer in model.transformer.layers:
-            layer.compile()
-    return Contestant(model, model.loss)
-
-
-def theirs(config: GPTConfig, device: str) -> Contestant:
-    from flash_attn_models.gpt.hugging_face import config_to_hugging_face
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    fields = dict(config_to_hugging_face(config))
-    hf_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa", dtype=torch.float32)
-    model.train()
-
-    def loss(tokens: Tensor, labels: Tensor) -> Tensor:
-        logits = model(tokens, use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
-    return Contestant(model, torch.compile(loss))
-
-
-MAKERS: dict[str, Callable[[GPTConfig, str], Contestant]] = {
-    "ours": lambda config, device: ours(config, device, compile_layers=False),
-    "ours, layers compiled": lambda config, device: ours(config, device, compile_layers=True),
-    "transformers, compiled": theirs,
-}
-
-
-def measure(shape: Shape, names: list[str], steps: int, device: str) -> list[dict[str, Any]]:
+def measure(shape: Shape, names: list[str], steps: int, results: ResultFile) -> None:
+    """The contestants in turn; their rows go to the results together, which take the failed ones too."""
+    device = "cuda" if results.on_gpu else "cpu"
     config = config_of(shape)
-    with torch.device("meta"):
-        model = GPTLMHeadModel(config)
-    flops_per_token = (flops_per_sample(model, shape.seqlen) or 0) / shape.seqlen
-    passes = max(1, TOKENS_PER_STEP // (shape.seqlen * shape.batch_size)) if shape.layers is None else 2
 
-    def batches() -> list[tuple[Tensor, Tensor]]:
-        drawn = torch.randint(config.vocab_size, (passes, shape.batch_size, shape.seqlen + 1), device=device)
+    def batches() -> list[Batch]:
+        size = (shape.passes, shape.batch_size, shape.seqlen + 1)
+        drawn = torch.randint(config.vocab_size, size, device=device)
         return [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) for tokens in drawn]
 
     torch.manual_seed(0)
-    contestants: dict[str, Contestant] = {}
-    for name in names:
-        contestants[name] = MAKERS[name](config, device)
-        started = time.perf_counter()
-        _timed_step(contestants[name], batches())  # compiles, and makes the optimizer's state
-        print(f"  {name}: first step {time.perf_counter() - started:.1f} s", flush=True)
-        contestants[name].park()
+    waiting: dict[str, Contestant] = {}
+    measured = {name: Measured() for name in names}
     for turn in range(TURNS):
-        for contestant in contestants.values():
-            contestant.wake()
-            _timed_step(contestant, batches())  # gets the device's memory
-            for _ in range(-(-(steps - turn) // TURNS)):
-                seconds, peak_bytes = _timed_step(contestant, batches())
-                contestant.seconds.append(seconds)
-                contestant.peak_bytes = max(contestant.peak_bytes, peak_bytes)
-            contestant.park()
-    rows = []
-    for name, contestant in contestants.items():
-        tokens = passes * shape.batch_size * shape.seqlen
-        rate = tokens / median(contestant.seconds)
-        rows.append(
-            {
-                "model": shape.name,
-                "parameters": count_parameters(model).total,
-                "seqlen": shape.seqlen,
-                "batch_size": shape.batch_size,
-                "tokens_per_step": tokens,
-                "contestant": name,
-                "tokens_per_s": round(rate),
-                "mfu": round(rate * flops_per_token / (PEAK_TFLOPS * 1e12), 4),
-                "peak_gib": round(contestant.peak_bytes / 2**30, 2),
-                "step_ms": round(median(contestant.seconds) * 1e3, 1),
-            }
-        )
-        print("  ".join(str(value) for value in rows[-1].values()), flush=True)
-    return rows
+        for name in [name for name in names if turn == 0 or name in waiting]:
+            contestant, started = None, time.perf_counter()
+            with results.attempt({**shape.case, "contestant": name}):
+                if turn == 0:
+                    contestant = MAKERS[name](config, device)
+                else:
+                    contestant = waiting.pop(name)
+                    contestant.wake()
+                take_turn(contestant, batches, len(range(turn, steps, TURNS)), measured[name])
+                if turn + 1 < TURNS:
+                    contestant.park()
+                    waiting[name] = contestant
+            contestant = None  # the next one gets the memory
+            free_device_memory()
+            print(f"  {name}: turn of {time.perf_counter() - started:.0f} s", flush=True)
+    finished = {name: one for name, one in measured.items() if len(one.seconds) == steps}
+    results.put(shape.case, list(rows_of(shape, config, finished)))
 
 
-def _timed_step(contestant: Contestant, data: list[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+def take_turn(
+    contestant: Contestant, batches: Callable[[], list[Batch]], steps: int, measured: Measured
+) -> None:
+    timed_step(contestant, batches())  # compiles, makes the optimizer's state, gets the device's memory
+    for _ in range(steps):
+        seconds, peak_bytes = timed_step(contestant, batches())
+        measured.seconds.append(seconds)
+        measured.peak_bytes = max(measured.peak_bytes, peak_bytes)
+
+
+def timed_step(contestant: Contestant, data: list[Batch]) -> tuple[float, int]:
     """Seconds of a step, and the most bytes that the contestant had in it (0 on a CPU)."""
     on_gpu = data[0][0].is_cuda
-    before = 0
+    others = 0  # bytes of anything else
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        others = torch.cuda.memory_allocated() - contestant.resting_bytes()
     started = time.perf_counter()
     contestant.step(data)
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    if not on_gpu:
-        return seconds, 0
-    return seconds, torch.cuda.max_memory_allocated() - before + contestant.resting_bytes()
+    return seconds, torch.cuda.max_memory_allocated() - others if on_gpu else 0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", default="training.json", help="result file (default: %(default)s)")
+def rows_of(shape: Shape, config: GPTConfig, measured: dict[str, Measured]) -> Iterator[Row]:
+    with torch.device("meta"):
+        model = GPTLMHeadModel(config)
+    flops_per_token = (flops_per_sample(model, shape.seqlen) or 0) / shape.seqlen
+    rates = {name: shape.tokens_per_step / median(one.seconds) for name, one in measured.items()}
+    for name, one in measured.items():
+        yield {
+            "model": shape.name,
+            "parameters": count_parameters(model).total,
+            "seqlen": shape.seqlen,
+            "batch_size": shape.batch_size,
+            "tokens_per_step": shape.tokens_per_step,
+            "contestant": name,
+            "tokens_per_s": round(rates[name]),
+            "times_of_transformers": round(rates[name] / rates[THEIRS], 3) if THEIRS in rates else None,
+            "mfu": round(rates[name] * flops_per_token / (PEAK_TFLOPS * 1e12), 4),
+            "peak_gib": round(one.peak_bytes / 2**30, 2),
+            "step_ms": round(median(one.seconds) * 1e3, 1),
+            "fastest_ms": round(min(one.seconds) * 1e3, 1),
+            "slowest_ms": round(max(one.seconds) * 1e3, 1),
+        }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_options(parser, "training.json")
     parser.add_argument(
         "--shapes",
-        nargs="*",
+        nargs="+",
+        choices=[*dict.fromkeys(shape.name for shape in SHAPES), *map(str, SHAPES)],
         metavar="NAME[@SEQLEN]",
-        help="some of " + ", ".join(f"{shape.name}@{shape.seqlen}" for shape in SHAPES) + " (default: all)",
+        help=f"some of {', '.join(map(str, SHAPES))} (default: all)",
     )
-    parser.add_argument("--contestants", nargs="*", choices=SUPPORTED, default=list(SUPPORTED))
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=tuple(MAKERS),
+        default=[OURS, OURS_COMPILED, THEIRS],
+        help=f"default: all but {THEIRS_MASKED!r}, which shows what that mask costs",
+    )
+    parser.add_argument("--batch-size", type=int, help="sequences of a forward pass (default: by shape)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="the smallest shape alone")
-    parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU, to try the program out")
     arguments = parser.parse_args()
-    if arguments.smoke:
-        for shape in SMOKE:
-            measure(shape, arguments.contestants, 1, "cpu")
-        return
     torch.set_float32_matmul_precision("high")
-    ceilings = measure_ceilings()
-    rows: list[dict[str, Any]] = []
-    for shape in SHAPES:
-        wanted = arguments.shapes or ([SHAPES[0].name] if arguments.quick else [shape.name])
-        if not {shape.name, f"{shape.name}@{shape.seqlen}"} & set(wanted):
+    results = ResultFile.of_arguments("training", arguments)
+    shapes = SMOKE if arguments.smoke else SHAPES[:1] if arguments.quick else SHAPES
+    for shape in shapes:
+        if arguments.shapes is not None and not {shape.name, str(shape)} & set(arguments.shapes):
             continue
-        try:
-            rows += measure(shape, arguments.contestants, arguments.steps, "cuda")
-        except torch.OutOfMemoryError as error:
-            print(f"{shape}: {error}", flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+        if arguments.batch_size is not None:
+            shape = dataclasses.replace(shape, batch_size=arguments.batch_size)
+        if {row["contestant"] for row in results.rows_of(shape.case)} >= set(arguments.contestants):
+            continue
+        print(f"{shape}, {shape.passes} x {shape.batch_size} sequences", flush=True)
+        measure(shape, arguments.contestants, arguments.steps, results)
         torch.compiler.reset()
-        write_result(arguments.json, "training", rows, ceilings)
+        free_device_memory()
+    return results.exit_code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
