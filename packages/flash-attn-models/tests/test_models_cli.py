@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_it_continues_a_prompt(folder, capsys, stream):
 
 
 def test_several_prompts_come_in_order_and_in_batches(folder, capsys, tmp_path):
-    prompts = ["A", "some longer one", "été", "x y"]
+    prompts = ["A", "some longer one", "été", "x\u2028y"]  # a line of a file ends with \\n alone
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(prompts[1:]) + "\n\n", encoding="utf-8")
     code, out, err = run(
@@ -82,6 +83,13 @@ def test_several_prompts_come_in_order_and_in_batches(folder, capsys, tmp_path):
     texts = [expected_text(folder, prompt, 12) for prompt in prompts]
     assert out == "".join(text + "\n" for text in texts)
     assert "3 of 4 prompts\n4 of 4 prompts\n" in err
+
+
+def test_several_prompts_stream_one_by_one(folder, capsys):
+    options = ["--max-new-tokens", 9, "--device", "cpu", "--batch-size", 1, "--stream"]
+    code, out, err = run(capsys, folder, "--prompt", "A", "--prompt", "x y", *options)
+    assert code == 0, err
+    assert out == "".join(expected_text(folder, prompt, 9) + "\n" for prompt in ("A", "x y"))
 
 
 def test_standard_input(folder, capsys, monkeypatch):
@@ -124,6 +132,33 @@ def test_stop_ends_each_row(folder, capsys):
     assert out == "".join(text + "\n" for text in cut)
 
 
+def test_a_row_ends_at_the_end_of_model_or_tokenizer(folder, tmp_path, capsys):
+    """As chat models do whose config knows the end of a text, and their tokenizer that of a message."""
+    model = load_pretrained(folder)
+    ids = torch.tensor([tokenizer_of(folder)("abc")["input_ids"]])
+    free = generate(model, ids, 20)[0, 3:].tolist()
+    place, later = 4, next(token for token in free[10:] if token not in free[:10])
+    assert free[place] not in free[:place]
+    text = tokenizer_of(folder).decode(free[:place])
+    for of_model, of_tokenizer in ((free[place], later), (later, free[place])):
+        path = tmp_path / f"{of_model}"
+        save_with_end(model, path, of_model)
+        tokenizer = tokenizer_of(folder)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(of_tokenizer)
+        tokenizer.save_pretrained(path)
+        for stream in ("--stream", "--no-stream"):
+            code, out, err = run(
+                capsys, *(path, "--prompt", "abc", "--max-new-tokens", 20, stream, "--device", "cpu")
+            )
+            assert (code, out) == (0, text + "\n"), err
+
+
+def save_with_end(model, path, end):
+    again = GPTLMHeadModel(dataclasses.replace(model.config, eos_token_id=end))
+    again.load_state_dict(model.state_dict())
+    save_pretrained(again, path)
+
+
 def test_ids_need_no_tokenizer(folder, tmp_path, capsys, monkeypatch):
     model = load_pretrained(folder)
     save_pretrained(model, tmp_path / "bare")
@@ -161,7 +196,12 @@ def test_chat_uses_the_template(folder, capsys):
         (["MODEL", "--prompt", "a", "--cuda-graph"], "cuda_graph: got True with a model on cpu"),
         (["MODEL", "--prompt", "a", "--lookahead", "2"], "lookahead: got 2; expected to be left out without"),
         (["MODEL", "--prompt", "a", "--ids"], "prompt: got 'a'; expected token ids such as"),
+        (["MODEL", "--prompt", ", ,", "--ids"], "prompt: got ', ,'; expected token ids such as"),
         (["MODEL", "--prompt", "1", "--ids", "--chat"], "--chat: got with --ids"),
+        (
+            ["MODEL", "--prompt", "a", "--prompt", "b", "--stream"],
+            "--stream: got 2 prompts at a time; expected",
+        ),
         (["MODEL", "--prompt", "1 999", "--ids"], "input_ids: got ids from 1 to 999"),
         (["./not-there", "--prompt", "1", "--ids"], "not-there"),
         (["./not-there", "--prompt", "a"], "tokenizer: got none that can be read from ./not-there"),

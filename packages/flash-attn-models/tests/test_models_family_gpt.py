@@ -79,6 +79,27 @@ def test_named_config_changes_and_errors():
     assert named_config("pythia-70m", n_layer=1).n_layer == 1
     with pytest.raises(ValueError, match=r"name: got 'pythia-71m'; .*did you mean 'pythia-70m'"):
         named_config("pythia-71m")
+    with pytest.raises(ValueError, match=r"unknown field 'n_layers' \(did you mean 'n_layer'\?\)"):
+        named_config("pythia-70m", n_layers=1)
+    with pytest.raises(
+        ValueError, match=r"GPTConfig.eos_token_id: got 61; expected a token id in \[0, vocab_size=61"
+    ):
+        named_config("pythia-70m", vocab_size=61, eos_token_id=61)
+
+
+def test_a_scale_spelt_out_keeps_no_model_from_being_saved():
+    spelt_out = named_config("gpt2", softmax_scale=64**-0.5)
+    assert config_to_hugging_face(spelt_out) == config_to_hugging_face(named_config("gpt2"))
+    with pytest.raises(ValueError, match=r"config: got softmax_scale=0.5; expected .*softmax_scale 1 / sqrt"):
+        config_to_hugging_face(named_config("gpt2", softmax_scale=0.5), "gpt2")
+
+
+def test_special_tokens_that_a_named_vocabulary_lacks_are_none():
+    small = named_config("gpt2", vocab_size=1000)
+    assert (small.bos_token_id, small.eos_token_id) == (None, None)
+    assert named_config("gpt2", vocab_size=1000, eos_token_id=5).eos_token_id == 5
+    assert named_config("gpt2", vocab_size=50304).eos_token_id == 50256
+    assert named_config("pythia-70m", vocab_size=61).eos_token_id == 0
 
 
 SMALL = GPTConfig(vocab_size=61, max_seqlen=24, n_layer=2, n_head=4, d_model=32, initializer_range=0.2)

@@ -195,6 +195,22 @@ def test_what_was_captured_serves_later_calls(model, captures, monkeypatch):
     assert model.training
 
 
+def test_weights_of_another_dtype_in_the_same_memory_are_captured_again(captures):
+    """As after ``model.float().bfloat16()``, whose last tensors the allocator puts where the first ones were."""
+    model = GPTLMHeadModel(CONFIGS["gpt2"], dtype=torch.float16).eval()
+    input_ids = prompt(model)
+    run(model, input_ids, 9)
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    values = [parameter.to(torch.bfloat16) for parameter in model.parameters()]
+    for parameter, value in zip(model.parameters(), values, strict=True):
+        parameter.data = parameter.data.view(torch.bfloat16)
+        parameter.data.copy_(value)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+    expected = run(model, input_ids, 9, graph=False)
+    assert torch.equal(run(model, input_ids, 9), expected)
+    assert len(captures) == 2
+
+
 def test_inference_mode_of_one_call_is_not_that_of_the_next(model, captures):
     input_ids = prompt(model)
     expected = run(model, input_ids, 9, graph=False)

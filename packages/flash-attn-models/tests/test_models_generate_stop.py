@@ -100,6 +100,24 @@ def test_a_string_is_found_however_its_tokens_cut_it():
     assert len(seen) <= 5 + 16
 
 
+def test_a_long_string_is_found_in_tokens_of_one_byte():
+    text, string = b"before " + b"0123456789" * 5, "0123456789" * 5
+    stop, seen = StopStrings((string,), lambda token_ids: bytes(token_ids).decode()), []
+    assert [stop.ends(seen, token) for token in text] == [False] * (len(text) - 1) + [True]
+
+
+def test_what_decoding_leaves_out_hides_no_string():
+    """A tokenizer drops a space in front, and some tokens stand for nothing."""
+
+    def decode(token_ids):
+        return bytes(token for token in token_ids if token).decode().removeprefix(" ")
+
+    text = [*b"once upon", 0, *b" a", 0, 0, *b" time"]
+    for string, end in ((" a", text.index(0) + 3), ("n a t", len(text) - 3)):
+        stop, seen = StopStrings((string,), decode), []
+        assert [stop.ends(seen, token) for token in text].index(True) == end - 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from flash_attn_models.generation import KVCache, make_cache
-from flash_attn_models.gpt import GPTLMHeadModel
+from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel
 from flash_attn_models.layers import CausalSelfAttention
 from flash_attn_ops.rotary import RotaryEmbedding
 
@@ -106,6 +106,22 @@ def test_misuse_is_refused():
         ValueError, match=r"KVCache: got n_layer=1, .*\(3, 0, 2, 4\); expected sizes of at least 1"
     ):
         KVCache(1, 3, 0, 2, 4)
+
+
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_a_cache_of_another_model_is_refused(n_layer):
+    model = GPTLMHeadModel(GPTConfig(vocab_size=9, max_seqlen=8, n_layer=2, n_head=2, d_model=8)).eval()
+    input_ids = torch.zeros(1, 3, dtype=torch.long)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=rf"cache: got a cache of {n_layer} layers; expected 2, the model's"),
+    ):
+        model(input_ids, cache=KVCache(n_layer, 1, 8, 2, 4))
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="cache: got device meta; expected the model's device cpu"),
+    ):
+        model(input_ids, cache=KVCache(2, 1, 8, 2, 4, device="meta"))
 
 
 def test_overflow_leaves_the_cache_as_it_was(config):

@@ -9,6 +9,7 @@ from flash_attn_models.layers import (
     ALiBi,
     Block,
     CausalSelfAttention,
+    CrossAttention,
     DecoderPostNormBlock,
     GatedMLP,
     GPTEmbeddings,
@@ -16,6 +17,7 @@ from flash_attn_models.layers import (
     ParallelBlock,
 )
 from flash_attn_models.layers.alibi import alibi_slopes
+from flash_attn_models.layers.bidirectional import BidirectionalSelfAttention
 from flash_attn_ops.norm import LayerNorm, RMSNorm
 from torch import nn
 from torch.nn import functional as F
@@ -72,6 +74,33 @@ def test_attention_options_equal_their_definition(cached, window, softcap, alibi
             pieces.append(mixer(part, cache))
         cache.advance(part.shape[1])
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected)
+
+
+@pytest.mark.parametrize("layer", [CausalSelfAttention, CrossAttention])
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((32, 3), "d_model: got 32; expected a multiple of n_head=3"),
+        ((32, 0), "n_head: got 0; expected at least 1"),
+        ((32, 4, 3), "n_head_kv: got 3; expected a divisor of n_head=4"),
+        ((32, 4, 0), "n_head_kv: got 0; expected a divisor of n_head=4"),
+    ],
+)
+def test_heads_that_cannot_be_are_refused(layer, sizes, message):
+    d_model, n_head, *n_head_kv = sizes
+    with pytest.raises(ValueError, match=message):
+        layer(d_model, n_head, n_head_kv=n_head_kv[0] if n_head_kv else None)
+    if n_head_kv == []:
+        with pytest.raises(ValueError, match=message):
+            BidirectionalSelfAttention(d_model, n_head)
+    assert layer(30, 3, n_head_kv=1).out_proj.in_features == 30
+    assert layer(32, 3, d_head=4).out_proj.in_features == 12
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_of_nothing_is_refused(window):
+    with pytest.raises(ValueError, match=f"window: got {window}; expected at least 1 token, or None"):
+        CausalSelfAttention(32, 4, window=window)
 
 
 def test_alibi_slopes():

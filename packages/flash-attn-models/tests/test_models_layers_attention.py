@@ -85,7 +85,7 @@ def test_sinks_equal_their_definition(cached):
 @pytest.mark.parametrize("width", [2, 3, 5])
 def test_convolution_equals_its_definition_with_gradients(width):
     conv = randomized(CausalDepthwiseConv(7, width, dtype=torch.float64))
-    for seqlen in (1, 2, 11):
+    for seqlen in (0, 1, 2, 11):
         x = torch.randn(2, seqlen, 7, dtype=torch.float64, requires_grad=True)
         out, expected = conv(x), convolved(x, conv.weight, conv.bias)
         torch.testing.assert_close(out, expected)
@@ -156,6 +156,24 @@ def test_up_to_62_tokens_may_be_taken_back(back):
     cache.lengths -= back
     cache.length -= back
     torch.testing.assert_close(model(input_ids[:, 20:], cache=cache), model(input_ids)[:, 20:])
+
+
+@torch.no_grad()
+def test_a_cache_refuses_to_forget_more_than_the_convolution_can():
+    model = randomized(GPTLMHeadModel(OPTIONS["conv"], dtype=torch.float64)).eval()
+    cache = KVCache(2, 2, 160, 2, 8, dtype=torch.float64)
+    input_ids = torch.randint(61, (2, 150))
+    model(input_ids[:, :120], cache=cache, seqlens=torch.tensor([120, 40]))
+    with pytest.raises(
+        ValueError, match=r"lengths: got \[57, 40\] after \[120, 40\] tokens; expected at most 62 less, or 0"
+    ):
+        cache.truncate([57, 40])
+    assert cache.length == 120 and cache.lengths.tolist() == [120, 40]
+    cache.truncate([58, 0])
+    logits = model(input_ids[:, :9], cache=cache)
+    whole = torch.cat([input_ids[:1, :58], input_ids[:1, :9]], dim=1)
+    torch.testing.assert_close(logits[0], model(whole)[0, 58:])
+    torch.testing.assert_close(logits[1], model(input_ids[1:, :9])[0])
 
 
 @torch.no_grad()

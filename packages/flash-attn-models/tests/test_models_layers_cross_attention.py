@@ -206,6 +206,16 @@ def test_a_causal_layer_refuses_a_projected_context():
         layer(x, layer.project(context))
 
 
+def test_lengths_of_padded_tokens_are_no_more_than_a_hint():
+    layer = made("rotary")
+    x, context = inputs()
+    hinted = made("rotary")
+    hinted.load_state_dict(layer.state_dict())
+    for hint in (3, 5, 90):
+        got = hinted(x, context, offset=40, max_seqlen=hint, max_seqlen_context=hint)
+        assert torch.equal(got, layer(x, context, offset=40))
+
+
 def test_rotary_needs_the_length_of_what_only_the_device_knows():
     layer = made("rotary")
     x, context = inputs()

@@ -101,6 +101,14 @@ def test_documents_know_number_and_position_of_each_token():
     assert documents.positions.tolist() == [0, 1, 2, 0, 0, 0]
 
 
+def test_a_sequence_skips_a_branch_as_a_whole_in_any_number_of_dimensions():
+    for shape in ((400,), (400, 3), (400, 2, 3), (400, 2, 2, 3)):
+        kept = StochasticDepth(0.25)(torch.ones(shape))
+        assert kept.shape == shape
+        assert (kept.flatten(1) == kept.reshape(400, -1)[:, :1]).all() if len(shape) > 1 else True
+        assert set(kept.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+
+
 def test_a_document_skips_a_branch_as_a_whole():
     documents = Documents.of(torch.arange(0, 401, 4, dtype=torch.int32), None, 400, torch.device("cpu"))
     kept = StochasticDepth(0.25)(torch.ones(400, 3), documents).unflatten(0, (100, 4))

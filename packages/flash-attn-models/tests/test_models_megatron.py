@@ -276,6 +276,9 @@ def test_what_megatron_does_not_have_is_named(tmp_path):
     )
     with pytest.raises(ValueError, match=r"config: got position='alibi', softcap=2.0"):
         save_megatron(GPTLMHeadModel(config), tmp_path / "m")
+    with pytest.raises(ValueError, match="model: got a Sequential; expected a GPTLMHeadModel"):
+        save_megatron(torch.nn.Sequential(GPTLMHeadModel(config)), tmp_path / "m")
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_is_wrong_is_named(make_hf_model, tmp_path):

@@ -129,6 +129,19 @@ def test_rescaled_frequencies(hf_llama, tmp_path):
         assert (model(input_ids) - hf_model(input_ids).logits).abs().max() < 1e-4
 
 
+def test_files_of_mistral_have_this_form(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {**SIZES, "vocab_size": 132, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16}
+    hf_config = transformers.MistralConfig(**sizes, sliding_window=5, initializer_range=0.3)
+    hf_model = transformers.MistralForCausalLM(hf_config).eval()
+    form = {"head_dim": 16, "hidden_dim": 128, "sliding_window": 5, "vocab_size": 132}
+    model = load_pretrained(write(hf_model, tmp_path / "mistral", **form))
+    assert (model.config.window, model.config.max_seqlen) == (5, 32768)
+    input_ids = torch.randint(132, (2, 17))
+    with torch.no_grad():
+        assert (model(input_ids) - hf_model(input_ids).logits).abs().max() < 1e-4
+
+
 PUBLISHED = {  # (params.json, inner width, context, frequencies rescaled by)
     "llama-7b": ({"dim": 4096, "n_layers": 32, "n_heads": 32, "norm_eps": 1e-6}, 11008, 2048, None),
     "llama-2-70b": (
@@ -175,6 +188,22 @@ PUBLISHED = {  # (params.json, inner width, context, frequencies rescaled by)
         14336,
         131072,
         8.0,
+    ),
+    "mistral-7b-v0.1": (
+        {
+            "dim": 4096,
+            "n_layers": 32,
+            "head_dim": 128,
+            "hidden_dim": 14336,
+            "n_heads": 32,
+            "n_kv_heads": 8,
+            "norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "vocab_size": 32000,
+        },
+        14336,
+        32768,
+        None,
     ),
     "llama-3.2-1b": (
         {

@@ -75,6 +75,12 @@ def test_dtype_argument_converts(make_hf_model, tmp_path, dtype):
         assert torch.equal(tensor, stored.state_dict()[name].to(dtype)), name
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.float8_e4m3fn, 16])
+def test_what_is_no_dtype_of_weights_is_refused_first(tmp_path, dtype):
+    with pytest.raises(ValueError, match=rf"dtype: got {dtype!r}; expected a torch.dtype of at least 16-bit"):
+        load_pretrained(tmp_path, dtype=dtype)
+
+
 def test_default_dtype_is_the_stored_one(make_hf_model, tmp_path):
     folder = write(make_hf_model("llama", {}).bfloat16(), tmp_path / "model", "safetensors")
     assert load_pretrained(folder).head_weight.dtype == torch.bfloat16
@@ -132,6 +138,16 @@ def test_saved_folder_loads_here_bit_for_bit(tmp_path, max_shard_bytes):
         assert max(path.stat().st_size for path in files) < 31_000  # with the header
 
 
+def test_weights_tied_by_hand_are_saved_under_both_names(tmp_path):
+    config = GPTConfig(vocab_size=31, max_seqlen=8, n_layer=1, n_head=2, d_model=8, tie_embeddings=False)
+    model = GPTLMHeadModel(config)
+    model.lm_head.weight = model.transformer.embeddings.word_embeddings.weight
+    save_pretrained(model, tmp_path / "model")
+    again = load_pretrained(tmp_path / "model")
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(again.transformer.embeddings.word_embeddings.weight, model.lm_head.weight)
+
+
 def test_saving_leaves_nothing_behind_and_overwrites_nothing(tmp_path, monkeypatch):
     model = GPTLMHeadModel(GPTConfig(vocab_size=31, max_seqlen=8, n_layer=1, n_head=1, d_model=8))
     (tmp_path / "empty").mkdir()
@@ -170,6 +186,8 @@ def test_saving_refuses_what_it_cannot_express(tmp_path):
         save_pretrained(torch.nn.Sequential(GPTLMHeadModel(config)), tmp_path / "model")
     with pytest.raises(ValueError, match=r"max_shard_bytes: got 0; expected at least 1"):
         save_pretrained(GPTLMHeadModel(config), tmp_path / "model", max_shard_bytes=0)
+    with pytest.raises(ValueError, match=r"max_shard_bytes: got '5GB'; expected at least 1"):
+        save_pretrained(GPTLMHeadModel(config), tmp_path / "model", max_shard_bytes="5GB")
     assert not any(tmp_path.iterdir())
 
 
@@ -279,6 +297,16 @@ def test_integer_weights_are_refused(gpt2_folder):
     with pytest.raises(
         ValueError, match=r"transformer.wte.weight of torch.int8 instead of at least 16-bit floating point"
     ):
+        load_pretrained(gpt2_folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint32, torch.complex64, torch.float8_e8m0fnu])
+def test_quantised_weights_are_refused_as_such_and_not_as_damaged(gpt2_folder, dtype):
+    rewrite(
+        gpt2_folder,
+        lambda w: w.update({"transformer.wte.weight": torch.zeros(131, 48).to(torch.float32).to(dtype)}),
+    )
+    with pytest.raises(ValueError, match=rf"transformer.wte.weight of {dtype} instead of .*not quantised"):
         load_pretrained(gpt2_folder)
 
 

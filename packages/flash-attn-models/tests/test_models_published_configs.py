@@ -54,9 +54,83 @@ _LLAMA = {
     "vocab_size": 32000,
     **_USUAL,
 }
+_PYTHIA_70M = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "gelu",
+    "hidden_size": 512,
+    "initializer_range": 0.02,
+    "intermediate_size": 2048,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "model_type": "gpt_neox",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 6,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "tie_word_embeddings": False,
+    "use_parallel_residual": True,
+    "vocab_size": 50304,
+    **_USUAL,
+}
+_FALCON_40B = {
+    "alibi": False,
+    "apply_residual_connection_post_layernorm": False,
+    "architectures": ["FalconForCausalLM"],
+    "attention_dropout": 0.0,
+    "bias": False,
+    "bos_token_id": 11,
+    "eos_token_id": 11,
+    "hidden_dropout": 0.0,
+    "hidden_size": 8192,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "falcon",
+    "multi_query": True,
+    "new_decoder_architecture": True,
+    "num_attention_heads": 128,
+    "num_hidden_layers": 60,
+    "num_kv_heads": 8,
+    "parallel_attn": True,
+    "vocab_size": 65024,
+    **_USUAL,
+}
 PUBLISHED = {
     "gpt2": _GPT2,
+    "gpt2-medium": {
+        **_GPT2,
+        "n_layer": 24,
+        "n_head": 16,
+        "n_embd": 1024,
+        "n_special": 0,
+        "predict_special_tokens": True,
+    },
+    "gpt2-xl": {**_GPT2, "n_layer": 48, "n_head": 25, "n_embd": 1600, "output_past": True},
+    "distilled gpt2": {
+        **_GPT2,
+        "n_layer": 6,
+        "_num_labels": 1,
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+    },
+    "gpt2 of transformers 2": {**_GPT2, "num_labels": 2, "pruned_heads": {}, "eos_token_ids": None},
     "llama-2-7b": _LLAMA,
+    "smollm": {**_LLAMA, "is_llama_config": True, "rope_interleaved": False},
+    "llama with a yarn of its authors": {
+        **_LLAMA,
+        "max_position_embeddings": 65536,
+        "_flash_attn_2_enabled": False,
+        "rope_scaling": {
+            "factor": 16.0,
+            "finetuned": True,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+    },
+    "llama with whole heads said": {**_LLAMA, "partial_rotary_factor": 1.0},
+    "pythia-70m": _PYTHIA_70M,
+    "dolly": {**_PYTHIA_70M, "custom_pipelines": {"text-generation": {"impl": "instruct_pipeline.X"}}},
     "llama with what tools leave behind": {
         **_LLAMA,
         "max_sequence_length": 2048,
@@ -167,6 +241,46 @@ PUBLISHED = {
         **_USUAL,
         "layer_norm_elementwise_affine": True,
     },
+    "galactica": {
+        "_remove_final_layer_norm": False,
+        "activation_dropout": 0.0,
+        "activation_function": "gelu",
+        "architectures": ["OPTForCausalLM"],
+        "attention_dropout": 0.1,
+        "bos_token_id": 0,
+        "do_layer_norm_before": True,
+        "dropout": 0.1,
+        "enable_bias": True,
+        "eos_token_id": 2,
+        "ffn_dim": 3072,
+        "hidden_size": 768,
+        "init_std": 0.02,
+        "layer_norm_elementwise_affine": True,
+        "layerdrop": 0.0,
+        "learned_embeddings": True,
+        "max_position_embeddings": 2048,
+        "model_type": "opt",
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "pad_token_id": 1,
+        "scale_embeddings": False,
+        "vocab_size": 50000,
+        "word_embed_proj_dim": 768,
+        **_USUAL,
+    },
+    "falcon-40b": _FALCON_40B,
+    "falcon 2": {
+        **_FALCON_40B,
+        "ff_factor": 4,
+        "ffn_hidden_size": 16384,
+        "hidden_size": 4096,
+        "max_position_embeddings": 8192,
+        "num_attention_heads": 32,
+        "num_ln_in_parallel_attn": 1,
+        "rope_scaling": None,
+        "rope_theta": 5000042,
+        "tie_word_embeddings": False,
+    },
     "falcon-7b": {
         "alibi": False,
         "apply_residual_connection_post_layernorm": False,
@@ -251,3 +365,47 @@ def test_published_configs_are_understood(name):
         named = named_config({"starcoder": "starcoder"}.get(name, name))
         sizes = ("n_layer", "n_head", "num_heads_kv", "d_model", "inner_dim", "vocab_size", "max_seqlen")
         assert [getattr(config, size) for size in sizes] == [getattr(named, size) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({**_LLAMA, "rope_interleaved": True}, "config field 'rope_interleaved': got True; expected False"),
+        (
+            {**_LLAMA, "partial_rotary_factor": 0.5},
+            "config field 'partial_rotary_factor': got 0.5; expected .*whole heads",
+        ),
+        (
+            {**PUBLISHED["galactica"], "learned_embeddings": False},
+            "config field 'learned_embeddings': got False; expected True",
+        ),
+        (
+            {**PUBLISHED["galactica"], "scale_embeddings": True},
+            "config field 'scale_embeddings': got True; expected False",
+        ),
+        (
+            {**_PYTHIA_70M, "partial_rotary_factor": 0.5},
+            "config field 'partial_rotary_factor': got 0.5; expected 0.25, because other fields",
+        ),
+        (
+            {**_LLAMA, "rope_scaling": "linear"},
+            "config field 'rope_scaling': got 'linear'; expected an object",
+        ),
+        ({**_LLAMA, "quantization": {"bits": 4}}, "config field 'quantization'.*not quantised"),
+        ({**_GPT2, "model_type": "RefinedWebModel"}, "config field 'model_type': got 'RefinedWebModel'"),
+    ],
+)
+def test_what_would_be_another_model_is_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hugging_face(fields)
+
+
+def test_a_linear_scaling_has_no_use_for_the_context_of_pretraining():
+    scaling = {"type": "linear", "factor": 4.0}
+    with_context = {**scaling, "original_max_position_embeddings": 1024}
+    assert config_from_hugging_face({**_LLAMA, "rope_scaling": with_context}) == config_from_hugging_face(
+        {
+            **_LLAMA,
+            "rope_scaling": scaling,
+        }
+    )

@@ -1,5 +1,5 @@
 """Tensor parallelism in one process: how heads and state dicts are cut, and rejected arguments. On several ranks:
-ranks_of_models.py."""
+ranks_of_*.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts the tests of several ranks, ranks_of_models.py: with gloo on the CPU, and with NCCL on GPUs."""
+"""Starts the tests of several ranks, ranks_of_*.py: with gloo on the CPU, and with NCCL on GPUs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
+FILES = sorted(str(file) for file in TESTS.glob("ranks_of_*.py"))
 
 # Everything on two ranks. On three, heads and vocabulary are uneven; on four, ranks share key/value heads.
 SELECTION = {
@@ -26,7 +27,7 @@ SELECTION = {
 def run_ranks(ranks: int, folder: Path, **variables: str) -> None:
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "model_rank_process"]
     selection = ["-k", SELECTION[ranks]]
-    command = [sys.executable, "-m", "pytest", str(TESTS / "ranks_of_models.py"), *options, *selection]
+    command = [sys.executable, "-m", "pytest", *FILES, *options, *selection]
     environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from flash_attn_models.transformers_integration import ATTENTION_NAME, register_with_transformers
+from flash_attn_models.transformers_integration import ATTENTION_NAME, attention, register_with_transformers
 from flash_attn_models.transformers_integration.attention import attention_forward
 
 transformers = pytest.importorskip("transformers")
@@ -251,11 +251,16 @@ def test_padding_between_tokens_with_a_window():
 def test_what_has_no_meaning_here_is_refused():
     x = torch.randn(1, 2, 5, 8)
     module = torch.nn.Module()
-    for name in ("output_attentions", "position_bias", "block_table"):
+    for name in (
+        *("output_attentions", "position_bias", "block_table"),
+        *("indices", "block_indices", "sinks"),  # of sparse attention, and of sinks for each token
+    ):
         with pytest.raises(ValueError, match=rf"{name}: got a value; expected None"):
             attention_forward(module, x, x, x, None, **{name: True})
     with pytest.raises(ValueError, match=r"attention_mask: got shape \(1, 5\), torch.int64"):
         attention_forward(module, x, x, x, torch.ones(1, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"attention_mask: got shape \(1, 1, 5, 5\), torch.int64"):
+        attention_forward(module, x, x, x, torch.ones(1, 1, 5, 5, dtype=torch.long))
     with pytest.raises(ValueError, match=r"attention_mask: got shape \(1, 6\)"):
         attention_forward(module, x, x, x, torch.ones(1, 6, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"cu_seq_lens_q and cu_seq_lens_k: got one of them"):
@@ -271,6 +276,17 @@ def test_what_has_no_meaning_here_is_refused():
             cu_seq_lens_q=bounds,
             cu_seq_lens_k=bounds,
         )
+
+
+def test_deterministic_gradients_are_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        attention, "flash_attn_func", lambda q, *_, **options: asked.append(options["deterministic"]) or q
+    )
+    x = torch.randn(1, 2, 5, 8)
+    for given in (None, True):
+        attention_forward(torch.nn.Module(), x, x, x, None, deterministic=given)
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize("name", ["flash_kernels", "org/kernels", "paged|x", "eager", ""])

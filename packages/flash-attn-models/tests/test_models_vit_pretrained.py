@@ -24,6 +24,8 @@ from flash_attn_models.vit.hugging_face import (
     hugging_face_layout,
     to_hugging_face,
 )
+from flash_attn_ops.distributed import Group
+from flash_attn_ops.distributed.parameters import sequence_parallel_parameters
 from torch import nn
 from torch.nn import functional as F
 
@@ -457,6 +459,15 @@ def test_with_image_size_keeps_what_the_model_is():
     assert model.norm.weight.eq(1).all()
     assert not torch.equal(model.embeddings.cls_token, resized.embeddings.cls_token)
     resized(torch.randn(2, 3, 24, 8).bfloat16()).pooled.sum().backward()
+
+
+def test_with_image_size_keeps_how_a_model_is_spread():
+    group = Group("", 2, 1)
+    model = ViTForImageClassification(ViTConfig(**SMALL), process_group=group, sequence_parallel=True)
+    resized = with_image_size(model, 32)
+    assert resized.vit.embeddings.parallel == model.parallel and model.parallel.is_parallel
+    counts = [len(list(sequence_parallel_parameters(of))) for of in (model, resized)]
+    assert counts[0] == counts[1] > 0
 
 
 def test_bad_sizes_are_refused():

@@ -53,8 +53,11 @@ def test_more_rows_and_back(kind, tmp_path):
 def test_it_is_a_copy():
     model = make().train()
     model.transformer.embeddings.word_embeddings.weight.requires_grad_(False)
+    model.transformer.activation_checkpointing = "mlp"
     other = with_vocab_size(model, 131)
     assert other.training
+    assert other.transformer.activation_checkpointing == "mlp"
+    assert other.transformer.layers[1].mlp.checkpoint_lvl == 1
     assert not other.head_weight.requires_grad
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)

@@ -53,7 +53,10 @@ class SafetensorsFile:
 
     def _info(self, name: str) -> TensorInfo:
         stored = self._file.get_slice(name)
-        return TensorInfo(tuple(stored.get_shape()), _SAFETENSORS_DTYPES[stored.get_dtype()], self._path)
+        kind = stored.get_dtype()
+        if kind not in _SAFETENSORS_DTYPES:
+            raise ValueError(f"{name} has values of kind {kind}, which is no dtype of this package's models")
+        return TensorInfo(tuple(stored.get_shape()), _SAFETENSORS_DTYPES[kind], self._path)
 
     def read(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
@@ -131,6 +134,7 @@ def write_safetensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_byt
     """Write tensors to ``model.safetensors``, or to shards with an index if they do not fit into one file."""
     from safetensors.torch import save_file
 
+    tensors = _apart(tensors)
     shards = list(_split_into_shards(tensors, max_shard_bytes))
     if len(shards) == 1:
         save_file(shards[0], folder / SAFETENSORS, metadata={"format": "pt"})
@@ -191,6 +195,17 @@ def unreadable(path: Path, error: Exception) -> ValueError:
     )
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, where none is another one too: safetensors refuses that, as of weights tied by hand."""
+    apart: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.data_ptr()
+        apart[name] = tensor.clone() if place in places else tensor
+        places.add(place)
+    return apart
+
+
 def _split_into_shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
@@ -210,10 +225,15 @@ _SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }

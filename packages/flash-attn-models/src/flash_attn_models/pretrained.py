@@ -18,7 +18,7 @@ from torch import Tensor
 from flash_attn_models.bert import BertForMaskedLM, BertForPreTraining, BertModel
 from flash_attn_models.bert import hugging_face as bert_hugging_face
 from flash_attn_models.checkpoint_files import TensorInfo, open_checkpoint, read_json, write_safetensors
-from flash_attn_models.errors import bad_argument, did_you_mean
+from flash_attn_models.errors import bad_argument, listed
 from flash_attn_models.gpt.hugging_face import (
     MODEL_TYPES,
     Layout,
@@ -33,10 +33,10 @@ from flash_attn_models.gpt.model import GPTLMHeadModel
 from flash_attn_models.hub import find_folder
 from flash_attn_models.tensor_parallel.spread import on_first_rank, spread_model
 from flash_attn_models.tensor_parallel.state_dict import gather_state_dict, local_parts
+from flash_attn_models.typed_config import is_int
 from flash_attn_models.vit import hugging_face as vit_hugging_face
 
 _BERT_MODELS = (BertModel, BertForMaskedLM, BertForPreTraining)
-_MAX_NAMES_IN_MESSAGE = 8
 
 
 class Checkpoint(Protocol):
@@ -123,6 +123,13 @@ def load_pretrained(
             have; missing, unexpected or wrongly shaped tensors, by name with the closest match. Buffers of
             older checkpoints that hold no weights (attention masks, rotary frequencies) are no error.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and _can_be_of_weights(dtype)):
+        raise bad_argument(
+            "dtype",
+            repr(dtype),
+            "a torch.dtype of at least 16-bit floating point, or None",
+            "give torch.bfloat16, for example",
+        )
     model, layout, checkpoint = _open(Path(folder))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored_as = _check_names(checkpoint, layout, folder)
@@ -169,9 +176,9 @@ def save_pretrained(
             "a GPTLMHeadModel, or a BERT or ViT model",
             "unwrap it: model.module, or model._orig_mod",
         )
-    if max_shard_bytes < 1:
+    if not is_int(max_shard_bytes) or max_shard_bytes < 1:
         raise bad_argument(
-            "max_shard_bytes", max_shard_bytes, "at least 1", "leave it out for shards of 5 GB"
+            "max_shard_bytes", repr(max_shard_bytes), "at least 1", "leave it out for shards of 5 GB"
         )
     fields, layout = _description(model)
     fields["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -288,14 +295,14 @@ def _check_names(checkpoint: Checkpoint, layout: Layout, folder: str | os.PathLi
     ]
     problems = []
     if missing:
-        problems.append(f"missing {_listed(missing, unexpected)}")
+        problems.append(f"missing {listed(missing, unexpected)}")
     if unexpected:
-        problems.append(f"unexpected {_listed(unexpected, missing)}")
+        problems.append(f"unexpected {listed(unexpected, missing)}")
     if problems:
         raise bad_argument(
             f"weights in {folder}",
             "; ".join(problems),
-            "exactly the tensors that config.json asks for",
+            "exactly the tensors that config.json asks for, and no heads of other tasks",
             "give config.json and weights of the same model",
         )
     return stored_as
@@ -314,15 +321,19 @@ def _check_tensors(
             stored = checkpoint.tensors[stored_as[name]]
             if stored.shape != expected:
                 wrong.append(f"{stored_as[name]} {stored.shape} instead of {expected}")
-            if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
+            if not _can_be_of_weights(stored.dtype):
                 wrong.append(f"{stored_as[name]} of {stored.dtype} instead of at least 16-bit floating point")
     if wrong:
         raise bad_argument(
             f"weights in {folder}",
-            _listed(wrong),
+            listed(wrong),
             "the shapes that follow from config.json, not quantised",
             "give config.json and weights of the same model",
         )
+
+
+def _can_be_of_weights(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize >= 2
 
 
 def _check_tied_head(
@@ -353,11 +364,3 @@ def _stored_dtype(
             "give the dtype to load in",
         )
     return dtypes.pop()
-
-
-def _listed(names: list[str], candidates: Iterable[str] = ()) -> str:
-    """The first names, each with the closest candidate, and how many more there are."""
-    candidates = list(candidates)
-    shown = [name + did_you_mean(name, candidates) for name in names[:_MAX_NAMES_IN_MESSAGE]]
-    rest = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")

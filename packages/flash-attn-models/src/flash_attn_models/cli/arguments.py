@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -65,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--stream",
         action=argparse.BooleanOptionalAction,
-        help="print text as it comes (default: if there is one prompt)",
+        help="print text as it comes, of one prompt at a time (default: if there is one)",
     )
     return parser.parse_args(argv)
 
@@ -77,7 +77,7 @@ def read_prompts_of(arguments: argparse.Namespace) -> list[str]:
         path = Path(arguments.prompts_file)
         if not path.is_file():
             raise bad_argument("--prompts-file", path, "a text file", "check the path")
-        prompts += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts += [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     elif arguments.prompt is None:
         prompts = [sys.stdin.read().rstrip("\n")]
     if not prompts or not all(prompt.strip() for prompt in prompts):
@@ -90,6 +90,38 @@ def read_prompts_of(arguments: argparse.Namespace) -> list[str]:
     if arguments.batch_size < 1:
         raise bad_argument("--batch-size", arguments.batch_size, "at least 1", "leave it out for the default")
     return prompts
+
+
+def read_stream(arguments: argparse.Namespace, n_prompts: int) -> bool:
+    """Whether text is printed as it comes; ValueError if that is asked for with several prompts at a time."""
+    at_a_time = min(n_prompts, arguments.batch_size)
+    if arguments.stream and at_a_time > 1:
+        raise bad_argument(
+            "--stream",
+            f"{at_a_time} prompts at a time",
+            "one, since only one text can grow on the screen",
+            "add --batch-size 1, or leave --stream out",
+        )
+    return n_prompts == 1 if arguments.stream is None else bool(arguments.stream)
+
+
+def read_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of ``generate`` that draw tokens; none if the most likely ones are taken. Any of them draws, unless
+    the temperature is 0; ValueError for one without effect."""
+    options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and arguments.temperature != 0:
+        return {"do_sample": True, **given}
+    useless = [name for name in given if name != "temperature"]
+    useless += [] if arguments.seed is None else ["seed"]
+    if useless:
+        raise bad_argument(
+            "--" + useless[0].replace("_", "-"),
+            getattr(arguments, useless[0]),
+            "to be left out where no tokens are drawn",
+            "pass a --temperature above 0",
+        )
+    return {}
 
 
 def read_device(name: str) -> torch.device:

@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from flash_attn_models.cli.arguments import parse_arguments, read_device, read_dtype, read_prompts_of
+from flash_attn_models.cli.arguments import (
+    parse_arguments,
+    read_device,
+    read_dtype,
+    read_prompts_of,
+    read_sampling,
+    read_stream,
+)
 from flash_attn_models.cli.text import GrowingText, HuggingFaceCodec, IdCodec, TextCodec
 from flash_attn_models.errors import bad_argument
 from flash_attn_models.generation import stream_tokens
@@ -40,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     prompts = read_prompts_of(arguments)
+    streams = read_stream(arguments, len(prompts))
+    sampling = read_sampling(arguments)
     device, dtype = read_device(arguments.device), read_dtype(arguments.dtype)
     if arguments.ids and arguments.chat:
         raise bad_argument("--chat", "with --ids", "one of both", "leave one of them out")
@@ -52,8 +61,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens is None:
         contexts = [part.config.max_seqlen for part in (model, draft) if isinstance(part, GPTLMHeadModel)]
         arguments.max_new_tokens = max(1, min(_DEFAULT_NEW_TOKENS, min(contexts) - max(map(len, ids))))
-    options = _options(arguments, model, codec, draft)
-    streams = len(prompts) == 1 if arguments.stream is None else arguments.stream
+    options = _options(arguments, model, codec, draft) | sampling
+    if sampling and arguments.seed is not None:
+        options["generator"] = torch.Generator(device).manual_seed(arguments.seed)
     n_tokens, start = 0, time.perf_counter()
     for first in range(0, len(ids), arguments.batch_size):
         batch = ids[first : first + arguments.batch_size]
@@ -80,41 +90,26 @@ def _load(name: str, device: torch.device, dtype: torch.dtype | None) -> GPTLMHe
 def _options(
     arguments: argparse.Namespace, model: GPTLMHeadModel, codec: TextCodec, draft: Any
 ) -> dict[str, Any]:
-    """Arguments of ``stream_tokens``. Any option of drawing draws, unless the temperature is 0."""
+    """Arguments of ``stream_tokens`` but those of drawing."""
+    # Of chat models, the config may know the end of a text, and the tokenizer that of a message.
+    eos_ids = dict.fromkeys((*model.config.eos_token_ids, *codec.eos_ids))
     options: dict[str, Any] = {
         "max_new_tokens": arguments.max_new_tokens,
         "repetition_penalty": arguments.repetition_penalty,
-        "eos_token_id": None if model.config.eos_token_ids else codec.eos_ids,
+        "eos_token_id": tuple(token for token in eos_ids if token < model.config.vocab_size),
         "cuda_graph": arguments.cuda_graph,
         "draft": draft,
         "lookahead": arguments.lookahead,
     }
     if arguments.stop:
         options |= {"stop_strings": arguments.stop, "tokenizer": codec}
-    drawing = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    given = {name: value for name, value in drawing.items() if value is not None}
-    if given and arguments.temperature != 0:
-        options |= {"do_sample": True, **given}
-        if arguments.seed is not None:
-            generator = torch.Generator(model.head_weight.device)
-            options["generator"] = generator.manual_seed(arguments.seed)
-        return options
-    useless = [name for name in given if name != "temperature"]
-    useless += [] if arguments.seed is None else ["seed"]
-    if useless:
-        raise bad_argument(
-            "--" + useless[0].replace("_", "-"),
-            getattr(arguments, useless[0]),
-            "to be left out where no tokens are drawn",
-            "pass a --temperature above 0",
-        )
     return options
 
 
 def _continue(
     model: GPTLMHeadModel, prompts: list[list[int]], codec: TextCodec, options: dict[str, Any], streams: bool
 ) -> int:
-    """Print what follows each of a batch of prompts, which streams if it is one prompt; how many tokens those are."""
+    """Print what follows each of a batch of prompts, token by token if it ``streams``; how many tokens those are."""
     longest = max(map(len, prompts))
     input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts])
     columns = stream_tokens(
@@ -123,9 +118,9 @@ def _continue(
         prompt_lengths=[len(ids) for ids in prompts],
         **options,
     )
-    eos_ids = model.config.eos_token_ids if options["eos_token_id"] is None else options["eos_token_id"]
+    eos_ids = options["eos_token_id"]
     rows: list[list[int]] = [[] for _ in prompts]
-    growing = GrowingText(codec) if streams and len(prompts) == 1 else None
+    growing = GrowingText(codec) if streams else None
     for column in columns:
         for row, token in zip(rows, column.tolist(), strict=True):
             row.append(token)

@@ -27,16 +27,18 @@ class IdCodec:
     eos_ids: tuple[int, ...] = ()
 
     def encode(self, prompt: str) -> list[int]:
-        words = prompt.replace(",", " ").split()
         try:
-            return [int(word) for word in words]
-        except ValueError as error:
+            ids = [int(word) for word in prompt.replace(",", " ").split()]
+        except ValueError:
+            ids = []
+        if not ids:
             raise bad_argument(
                 "prompt",
                 repr(prompt[:80]),
                 "token ids such as '12 7 99' with --ids",
                 "leave out --ids for text",
-            ) from error
+            )
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         return "".join(f"{token} " for token in ids)

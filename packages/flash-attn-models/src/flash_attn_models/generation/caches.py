@@ -9,6 +9,7 @@ import torch
 
 from flash_attn_models.autocast import product_dtype
 from flash_attn_models.errors import bad_argument, did_you_mean
+from flash_attn_models.generation.numbers import read_whole
 from flash_attn_models.generation.paged_cache import PagedKVCache, PagePool
 from flash_attn_models.gpt.model import GPTLMHeadModel
 from flash_attn_models.layers.kv_cache import Cache, KVCache
@@ -21,6 +22,7 @@ CacheKind = Literal["contiguous", "paged"] | PagePool
 _CAPACITY_STEP = 128
 
 
+@torch.inference_mode(False)  # it may serve outside of the caller's mode, too
 def make_cache(model: GPTLMHeadModel, batch_size: int, max_seqlen: int) -> KVCache:
     """An empty cache of the model's shape, on its device, in the dtype that its attention computes in."""
     return KVCache(
@@ -55,6 +57,7 @@ def cache_capacity(model: GPTLMHeadModel, room: Sequence[int]) -> int:
     return max(longest, min(-(-longest // _CAPACITY_STEP) * _CAPACITY_STEP, model.config.max_seqlen))
 
 
+@torch.inference_mode(False)
 def open_cache(model: GPTLMHeadModel, kind: CacheKind, page_size: int, room: Sequence[int]) -> Cache:
     """An empty cache with room for ``room[b]`` tokens of row b; to be given back by ``close_cache``."""
     capacity = cache_capacity(model, room)
@@ -97,8 +100,10 @@ def check_cache(model: GPTLMHeadModel, cache: object, page_size: int | None) -> 
             "to be left out without cache='paged', where it has no effect",
             "pass cache='paged', or leave it out: a pool has its own",
         )
-    if page_size is not None and page_size < 1:
-        raise bad_argument("page_size", page_size, "at least 1 token", "leave it out for the default")
+    if page_size is not None:
+        at_least, fix = "at least 1 token", "leave it out for the default"
+        if read_whole("page_size", page_size, at_least, fix) < 1:
+            raise bad_argument("page_size", page_size, at_least, fix)
     if isinstance(cache, PagePool):
         config, pages = model.config, cache.k[0]
         expected = (config.n_layer, model.cache_heads, config.head_dim, attention_dtype(model))

@@ -22,15 +22,23 @@ class Choice:
     min_p: float | None = None
     repetition_penalty: float | None = None
     generator: torch.Generator | None = None
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        nothing = torch.zeros(1)
+        nothing = torch.zeros(1, device="cpu")
         if self.repetition_penalty is not None:
             penalize_repetition(nothing, nothing.bool(), self.repetition_penalty)
         if self.do_sample:
             filter_logits(
                 nothing, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
             )
+            if self.generator is not None and not isinstance(self.generator, torch.Generator):
+                raise bad_argument(
+                    "generator",
+                    repr(self.generator),
+                    "a torch.Generator",
+                    "make one with torch.Generator(device).manual_seed(seed)",
+                )
             return
         only_for_drawing = {
             "top_k": self.top_k,
@@ -50,12 +58,15 @@ class Choice:
 
     def check_device(self, device: torch.device) -> None:
         """Raise ValueError unless the generator is on the device of the model."""
-        if self.generator is not None and self.generator.device.type != device.type:
+        if self.generator is None:
+            return
+        given = self.generator.device
+        if given.type != device.type or (given.index or 0) != (device.index or 0):
             raise bad_argument(
                 "generator",
-                f"a generator on {self.generator.device}",
+                f"a generator on {given}",
                 f"one on the model's device, {device}",
-                f"make it with torch.Generator({device.type!r})",
+                f"make it with torch.Generator({str(device)!r})",
             )
 
     def source(self, device: torch.device) -> torch.Generator:
@@ -69,11 +80,14 @@ class Choice:
         return torch.default_generator
 
     def scores(self, logits: Tensor, seen: Tensor | None) -> Tensor:
-        """logits (..., V) as tokens are chosen by: penalised for what bool ``seen`` (..., V) marks, and with
-        do_sample filtered, in float32. Their softmax is the distribution that ``pick`` draws from."""
+        """logits (..., V) as tokens are chosen by: the first ``vocab_size``, penalised for what bool ``seen`` (..., V)
+        marks, and with do_sample filtered, in float32. Their softmax is the distribution that ``pick`` draws from."""
+        logits = logits[..., : self.vocab_size]
         if self.repetition_penalty is not None:
             assert seen is not None
-            logits = penalize_repetition(logits.float(), seen, self.repetition_penalty)
+            logits = penalize_repetition(
+                logits.float(), seen[..., : self.vocab_size], self.repetition_penalty
+            )
         if not self.do_sample:
             return logits
         return filter_logits(

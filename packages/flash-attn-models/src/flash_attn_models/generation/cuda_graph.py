@@ -75,7 +75,7 @@ class _Buffers:
 class _GraphsOfModel:
     """Everything that is kept for one model."""
 
-    def __init__(self, fingerprint: tuple[int, ...]) -> None:
+    def __init__(self, fingerprint: tuple[tuple[int, torch.dtype], ...]) -> None:
         self.fingerprint = fingerprint
         self.contiguous: _Buffers | None = None
         self.own_pool: PagePool | None = None
@@ -231,7 +231,7 @@ def open_graph_run(
 
 def _graphs_of(model: GPTLMHeadModel) -> _GraphsOfModel:
     """What is kept for a model, without what no longer fits its parameters."""
-    fingerprint = tuple(parameter.data_ptr() for parameter in model.parameters())
+    fingerprint = tuple((parameter.data_ptr(), parameter.dtype) for parameter in model.parameters())
     found = _graphs.get(model)
     if found is None or found.fingerprint != fingerprint:
         found = _graphs[model] = _GraphsOfModel(fingerprint)

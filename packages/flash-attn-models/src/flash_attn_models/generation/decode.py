@@ -13,7 +13,7 @@ from flash_attn_models.generation.end_watch import EndWatch
 from flash_attn_models.generation.evaluation import evaluating
 from flash_attn_models.generation.output import Columns
 from flash_attn_models.generation.request import Request
-from flash_attn_models.generation.step import DecodingState, StepOptions, decode_step, take_tokens
+from flash_attn_models.generation.step import DecodingState, StepOptions, decode_step, prompt_step
 from flash_attn_models.gpt.model import GPTLMHeadModel
 from flash_attn_models.layers.kv_cache import Cache
 
@@ -37,10 +37,11 @@ class EagerRun:
     def __init__(self, model: GPTLMHeadModel, request: Request) -> None:
         self._model = model
         self._options = request.step
-        self.cache = open_cache(model, request.cache, request.page_size, request.room)
         self.state = DecodingState(
             len(request.room), model.config.vocab_size, request.step, model.head_weight.device
         )
+        # Last: what fails before has taken no pages.
+        self.cache = open_cache(model, request.cache, request.page_size, request.room)
 
     def step(self) -> None:
         with evaluating(self._model):
@@ -71,7 +72,7 @@ def answer_lag(request: Request) -> int:
     return 1 if on_gpu and request.stop is None and request.step.eos_ids else 0
 
 
-@torch.no_grad()
+# No decorator of torch: at the end of a program it fails for a generator that is still open.
 def decode(model: GPTLMHeadModel, request: Request, lag: int | None = None) -> Iterator[Columns]:
     """Yield one column after the other. From the step after its end on, a row gets the fill id and nothing else.
 
@@ -82,16 +83,11 @@ def decode(model: GPTLMHeadModel, request: Request, lag: int | None = None) -> I
     run = open_run(model, request)
     state = run.state
     try:
-        state.start(prompts.tokens)
         watch = EndWatch(state, request.step, request.stop, lag)
         randomness = _Randomness(request.step, prompts.tokens.device, keeps=lag > 0)
         for step in range(request.max_new_tokens):
             if step == 0:
-                with evaluating(model):
-                    logits = model(
-                        prompts.tokens, cache=run.cache, seqlens=prompts.seqlens, num_last_tokens=1
-                    )
-                take_tokens(logits[:, 0], state, request.step)
+                prompt_step(model, prompts, run.cache, state, request.step)
             else:
                 if not lag and watch.all_ended(step - 1):
                     return

@@ -45,6 +45,7 @@ class ModelDrafter:
         self._cache = make_cache(model, len(room), cache_capacity(model, room))
         self._held = [0] * len(room)  # tokens of each row in the cache
 
+    @torch.no_grad()
     def propose(self, texts: Texts, count: int, seen: Tensor | None) -> Draft:
         with evaluating(self._model):
             logits = self._read(texts)

@@ -30,7 +30,10 @@ class EndWatch:
         self._texts: list[list[int]] = [[] for _ in state.tokens]
         device = state.tokens.device
         # Pinned memory, or a copy would make the host wait.
-        self._flags = torch.zeros(lag + 1, dtype=torch.bool, pin_memory=device.type == "cuda")
+        with torch.inference_mode(False):  # the caller's mode may change from step to step
+            self._flags = torch.zeros(
+                lag + 1, dtype=torch.bool, device="cpu", pin_memory=device.type == "cuda"
+            )
         self._events = [torch.cuda.Event() for _ in self._flags] if device.type == "cuda" else []
 
     def note(self, step: int) -> None:
@@ -62,5 +65,5 @@ class EndWatch:
             bool(end) or stop.ends(text, token)
             for text, token, end in zip(self._texts, ids, ended, strict=True)
         ]
-        finished.copy_(torch.tensor(stopped))
+        finished.copy_(torch.tensor(stopped, device="cpu"))
         return all(stopped)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 from flash_attn_models.errors import bad_argument
+from flash_attn_models.generation.numbers import read_whole
 from flash_attn_models.gpt.config import GPTConfig
 
 
@@ -46,17 +47,16 @@ def read_eos_ids(config: GPTConfig, eos_token_id: int | Sequence[int] | None) ->
     """The given ids, or the config's."""
     if eos_token_id is None:
         return config.eos_token_ids
-    ids = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
-    for token in ids:
-        _check_token_id("eos_token_id", token, config)
-    return ids
+    is_one = not isinstance(eos_token_id, Iterable) or isinstance(eos_token_id, str)
+    is_one |= getattr(eos_token_id, "ndim", 1) == 0  # a tensor of one number
+    ids: Iterable[Any] = (eos_token_id,) if is_one else eos_token_id  # type: ignore[assignment]
+    return tuple(_read_token_id("eos_token_id", token, config) for token in ids)
 
 
 def read_pad_id(config: GPTConfig, pad_token_id: int | None, eos_ids: tuple[int, ...]) -> int:
     """The given id, or the config's, or else the first one that ends a row, or else 0."""
     if pad_token_id is not None:
-        _check_token_id("pad_token_id", pad_token_id, config)
-        return pad_token_id
+        return _read_token_id("pad_token_id", pad_token_id, config)
     if config.pad_token_id is not None:
         return config.pad_token_id
     return eos_ids[0] if eos_ids else 0
@@ -91,11 +91,12 @@ def read_stop_strings(
     return StopStrings(strings, decode)
 
 
-def _check_token_id(name: str, token: int, config: GPTConfig) -> None:
+def _read_token_id(name: str, token: int, config: GPTConfig) -> int:
+    expected, fix = (
+        f"a token id in [0, vocab_size={config.vocab_size})",
+        "use the id that this model's tokenizer has",
+    )
+    token = read_whole(name, token, expected, fix)
     if not 0 <= token < config.vocab_size:
-        raise bad_argument(
-            name,
-            token,
-            f"a token id in [0, vocab_size={config.vocab_size})",
-            "use the id that this model's tokenizer has",
-        )
+        raise bad_argument(name, token, expected, fix)
+    return token

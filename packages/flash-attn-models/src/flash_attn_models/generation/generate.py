@@ -29,6 +29,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
+    vocab_size: int | None = None,
     do_sample: bool = False,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
@@ -60,6 +61,7 @@ def generate(
             do_sample.
         repetition_penalty: makes tokens of the prompt and those generated less likely, if above 1, also without
             do_sample: see ``penalize_repetition``. Padding does not count.
+        vocab_size: only ids below this are chosen, as where a vocabulary is padded (``with_vocab_size``); None is all.
         eos_token_id: id or ids that end a sequence; None takes the config's; an empty sequence never ends.
         pad_token_id: fills a row after its end; None takes the config's, or else the first end id, or else 0.
         stop_strings: a row ends with the token by which the text generated for it comes to contain one of these.
@@ -97,6 +99,7 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        vocab_size=vocab_size,
         do_sample=do_sample,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
@@ -124,6 +127,7 @@ def stream_tokens(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
+    vocab_size: int | None = None,
     do_sample: bool = False,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
@@ -152,6 +156,7 @@ def stream_tokens(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        vocab_size=vocab_size,
         do_sample=do_sample,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,

@@ -19,6 +19,7 @@ class PagePool:
         k, v: (n_pages,page_size,Hk,D) by layer.
     """
 
+    @torch.inference_mode(False)  # it may serve outside of the caller's mode, too
     def __init__(
         self,
         n_layer: int,

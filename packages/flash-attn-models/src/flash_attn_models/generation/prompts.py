@@ -41,6 +41,13 @@ def read_prompts(
     Raises:
         ValueError: wrong shapes or dtypes, padding within a prompt, or an empty prompt.
     """
+    if not isinstance(input_ids, Tensor):
+        raise bad_argument(
+            "input_ids",
+            f"a {type(input_ids).__name__}",
+            "token ids of shape (batch, seqlen) in a tensor",
+            "pass the tensor, as in tokenizer(text, return_tensors='pt').input_ids",
+        )
     if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.dtype not in (torch.int32, torch.int64):
         raise bad_argument(
             "input_ids",
@@ -71,10 +78,11 @@ def read_prompts(
 
 def _from_mask(mask: Tensor, batch: int, seqlen: int) -> tuple[list[int], list[int]]:
     """Start and length of each row's run of ones."""
-    if mask.shape != (batch, seqlen) or mask.is_floating_point() or mask.is_complex():
+    is_tensor = isinstance(mask, Tensor)
+    if not is_tensor or mask.shape != (batch, seqlen) or mask.is_floating_point() or mask.is_complex():
         raise bad_argument(
             "attention_mask",
-            f"shape {tuple(mask.shape)}, {mask.dtype}",
+            f"shape {tuple(mask.shape)}, {mask.dtype}" if is_tensor else f"a {type(mask).__name__}",
             f"the shape of input_ids, ({batch}, {seqlen}), bool or integers",
             "pass the mask that the tokenizer returns, without broadcasting it",
         )
@@ -95,7 +103,7 @@ def _from_mask(mask: Tensor, batch: int, seqlen: int) -> tuple[list[int], list[i
 
 
 def _from_lengths(lengths: Tensor | Sequence[int], batch: int, seqlen: int) -> list[int]:
-    given = torch.as_tensor(lengths)
+    given = torch.as_tensor(lengths, device="cpu")
     if given.shape != (batch,) or given.dtype not in (torch.int32, torch.int64):
         raise bad_argument(
             "prompt_lengths",

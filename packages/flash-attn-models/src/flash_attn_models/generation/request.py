@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flash_attn_models.errors import bad_argument, did_you_mean
 from flash_attn_models.generation.caches import DEFAULT_PAGE_SIZE, CacheKind, check_cache
@@ -20,6 +20,7 @@ from flash_attn_models.generation.ends import (
     read_pad_id,
     read_stop_strings,
 )
+from flash_attn_models.generation.numbers import read_whole
 from flash_attn_models.generation.prompts import Prompts, read_prompts
 from flash_attn_models.generation.step import StepOptions
 from flash_attn_models.gpt.model import GPTLMHeadModel
@@ -77,6 +78,7 @@ def read_request(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
+    vocab_size: int | None = None,
     do_sample: bool = False,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
@@ -92,17 +94,29 @@ def read_request(
 ) -> Request:
     """Check the arguments of ``generate``, which documents them; ValueError for the first bad one. Nothing is computed
     by the model."""
+    if not _is_decoder(model):
+        raise bad_argument(
+            "model",
+            f"a {type(model).__name__}",
+            "a GPTLMHeadModel",
+            "pass the model itself, and not what wraps it",
+        )
+    expected, fix = "at least 1", "ask for at least one token"
+    max_new_tokens = read_whole("max_new_tokens", max_new_tokens, expected, fix)
     if max_new_tokens < 1:
-        raise bad_argument("max_new_tokens", max_new_tokens, "at least 1", "ask for at least one token")
+        raise bad_argument("max_new_tokens", max_new_tokens, expected, fix)
     prompts = read_prompts(input_ids, attention_mask, prompt_lengths)
     _check_prompts(model, prompts, max_new_tokens)
-    choice = Choice(do_sample, temperature, top_k, top_p, min_p, repetition_penalty, generator)
+    if vocab_size is not None:
+        vocab_size = _read_vocab_size(model, vocab_size)
+    choice = Choice(do_sample, temperature, top_k, top_p, min_p, repetition_penalty, generator, vocab_size)
     choice.check_device(input_ids.device)
     eos_ids = read_eos_ids(model.config, eos_token_id)
     pad_id = read_pad_id(model.config, pad_token_id, eos_ids)
     stop = read_stop_strings(stop_strings, tokenizer)
     check_cache(model, cache, page_size)
-    _check_draft(model, prompts, max_new_tokens, draft, lookahead)
+    lookahead = _read_lookahead(model, draft, lookahead)
+    _check_draft(model, prompts, max_new_tokens, draft)
     uses_graph = _read_cuda_graph(model, cuda_graph, draft, max_new_tokens)
     return Request(
         prompts,
@@ -110,16 +124,29 @@ def read_request(
         StepOptions(choice, eos_ids, pad_id, stop is not None, wants_logprobs),
         stop,
         cache,
-        DEFAULT_PAGE_SIZE if page_size is None else page_size,
+        DEFAULT_PAGE_SIZE if page_size is None else int(page_size),
         uses_graph,
         cuda_graph is True,
         draft,
-        DEFAULT_LOOKAHEAD if lookahead is None else lookahead,
+        lookahead,
     )
+
+
+def _is_decoder(model: object) -> bool:
+    """Also of what torch.compile makes of one, which is no subclass."""
+    return isinstance(getattr(model, "_orig_mod", model), GPTLMHeadModel)
 
 
 def _check_prompts(model: GPTLMHeadModel, prompts: Prompts, max_new_tokens: int) -> None:
     config, longest = model.config, max(prompts.lengths)
+    given, device = prompts.tokens.device, model.head_weight.device
+    if given != device:
+        raise bad_argument(
+            "input_ids",
+            f"a tensor on {given}",
+            f"one on the model's device, {device}",
+            f"use input_ids.to({str(device)!r})",
+        )
     if longest + max_new_tokens > config.max_seqlen:
         raise bad_argument(
             "input_ids",
@@ -139,31 +166,47 @@ def _check_prompts(model: GPTLMHeadModel, prompts: Prompts, max_new_tokens: int)
         )
 
 
-def _check_draft(
-    model: GPTLMHeadModel, prompts: Prompts, max_new_tokens: int, draft: object, lookahead: int | None
-) -> None:
-    if lookahead is not None and draft is None:
+def _read_vocab_size(model: GPTLMHeadModel, vocab_size: int) -> int:
+    expected, fix = f"between 1 and the model's {model.config.vocab_size}", "leave it out for all ids"
+    vocab_size = read_whole("vocab_size", vocab_size, expected, fix)
+    if not 1 <= vocab_size <= model.config.vocab_size:
+        raise bad_argument("vocab_size", vocab_size, expected, fix)
+    return vocab_size
+
+
+def _read_lookahead(model: GPTLMHeadModel, draft: Any, lookahead: int | None) -> int:
+    if lookahead is None:
+        return DEFAULT_LOOKAHEAD
+    if draft is None:
         raise bad_argument(
             "lookahead", lookahead, "to be left out without draft, where it has no effect", "pass draft"
         )
-    if lookahead is not None and lookahead < 1:
-        raise bad_argument("lookahead", lookahead, "at least 1 token", "leave it out for the default")
-    has_conv = any(
-        isinstance(part, GPTLMHeadModel) and part.config.conv_width is not None for part in (model, draft)
-    )
-    if lookahead is not None and has_conv and lookahead >= REWINDABLE_TOKENS:
+    expected, fix = "at least 1 token", "leave it out for the default"
+    lookahead = read_whole("lookahead", lookahead, expected, fix)
+    if lookahead < 1:
+        raise bad_argument("lookahead", lookahead, expected, fix)
+    models = [model, draft] if _is_decoder(draft) else [model]
+    has_conv = any(part.config.conv_width is not None for part in models)
+    if has_conv and lookahead >= REWINDABLE_TOKENS:
         raise bad_argument(
             "lookahead",
             lookahead,
             f"less than {REWINDABLE_TOKENS} tokens, since a depthwise convolution can take back no more",
-            "leave it out for the default",
+            fix,
         )
-    if draft is None or draft == PROMPT_LOOKUP:
+    return lookahead
+
+
+def _check_draft(model: GPTLMHeadModel, prompts: Prompts, max_new_tokens: int, draft: Any) -> None:
+    if draft is None or (isinstance(draft, str) and draft == PROMPT_LOOKUP):
         return
-    if not isinstance(draft, GPTLMHeadModel):
+    if not _is_decoder(draft):
         hint = did_you_mean(draft, [PROMPT_LOOKUP]) if isinstance(draft, str) else ""
         raise bad_argument(
-            "draft", f"{draft!r}{hint}", "a GPTLMHeadModel or 'prompt_lookup'", "choose one of these"
+            "draft",
+            f"a {type(draft).__name__}" if isinstance(draft, nn.Module) else f"{draft!r}{hint}",
+            "a GPTLMHeadModel or 'prompt_lookup'",
+            "choose one of these",
         )
     for name, got, expected in (
         ("vocab_size", draft.config.vocab_size, model.config.vocab_size),

@@ -11,25 +11,37 @@ import torch
 from torch import Tensor
 
 from flash_attn_models.errors import bad_argument
+from flash_attn_models.generation.numbers import read_real, read_whole
 
 # From this size on, a row is reduced in two steps, if it can be cut into between so many equal chunks.
 _LARGE_VOCABULARY = 32768
 _FEWEST_CHUNKS, _MOST_CHUNKS = 64, 512
 
+# Below this temperature quotients may exceed the range of the dtype.
+_COLD = 1e-3
+
 
 def scale_by_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature, for temperature > 0: below 1 favours likely tokens, above 1 evens them out."""
-    if not temperature > 0:
-        raise bad_argument(
-            "temperature", temperature, "a positive number", "use do_sample=False for the most likely token"
-        )
+    """logits / temperature, for temperature > 0: below 1 favours likely tokens, above 1 evens them out.
+
+    Below 0.001 it is (logits - their maximum) / temperature, which means the same and does not overflow.
+    """
+    expected, fix = "a positive number", "use do_sample=False for the most likely token"
+    temperature = read_real("temperature", temperature, expected, fix)
+    if not 0 < temperature < math.inf:
+        raise bad_argument("temperature", temperature, expected, fix)
+    if temperature < _COLD:
+        logits = logits - logits.amax(dim=-1, keepdim=True)
+        temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     return logits / temperature
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Keep the k largest logits and those that tie with the k-th; k >= V keeps all."""
+    expected, fix = "at least 1", "leave top_k out to keep all tokens"
+    k = read_whole("top_k", k, expected, fix)
     if k < 1:
-        raise bad_argument("top_k", k, "at least 1", "leave top_k out to keep all tokens")
+        raise bad_argument("top_k", k, expected, fix)
     threshold = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
     return logits.masked_fill(logits < threshold, -torch.inf)
 
@@ -40,8 +52,10 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     A token stays iff the tokens before it, in order of falling probability, sum to less than p; so at least
     one stays. Source: Holtzman et al. 2020, arXiv 1904.09751.
     """
+    expected, fix = "a probability in (0, 1]", "leave top_p out to keep all tokens"
+    p = read_real("top_p", p, expected, fix)
     if not 0 < p <= 1:
-        raise bad_argument("top_p", p, "a probability in (0, 1]", "leave top_p out to keep all tokens")
+        raise bad_argument("top_p", p, expected, fix)
     sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = sorted_logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     before = probabilities.cumsum(dim=-1) - probabilities
@@ -55,10 +69,13 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
     Source: Nguyen et al. 2024, arXiv 2407.01082.
     """
+    expected, fix = "a factor in (0, 1]", "leave min_p out to keep all tokens"
+    p = read_real("min_p", p, expected, fix)
     if not 0 < p <= 1:
-        raise bad_argument("min_p", p, "a factor in (0, 1]", "leave min_p out to keep all tokens")
-    # Ratios of probabilities are differences of logits: no softmax is needed.
-    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(p), -torch.inf)
+        raise bad_argument("min_p", p, expected, fix)
+    # Ratios of probabilities are differences of logits: no softmax is needed. In 16 bits the bound would be rounded.
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.masked_fill(wide < wide.amax(dim=-1, keepdim=True) + math.log(p), -torch.inf)
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -71,10 +88,10 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
     Source: Keskar et al. 2019, arXiv 1909.05858, in the form of Hugging Face's ``repetition_penalty``.
     """
+    expected, fix = "a positive number", "leave it out, or use a value such as 1.1"
+    penalty = read_real("repetition_penalty", penalty, expected, fix)
     if not 0 < penalty < math.inf:
-        raise bad_argument(
-            "repetition_penalty", penalty, "a positive number", "leave it out, or use a value such as 1.1"
-        )
+        raise bad_argument("repetition_penalty", penalty, expected, fix)
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 

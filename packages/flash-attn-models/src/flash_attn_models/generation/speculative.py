@@ -14,12 +14,14 @@ from torch import Tensor
 
 from flash_attn_models.generation.accept import Draft, accept_greedy, accept_sampled
 from flash_attn_models.generation.caches import close_cache, open_cache
+from flash_attn_models.generation.choice import Choice
 from flash_attn_models.generation.draft import Drafter, ModelDrafter, PromptLookup
 from flash_attn_models.generation.evaluation import evaluating
 from flash_attn_models.generation.output import Acceptance, Columns
 from flash_attn_models.generation.request import Request
-from flash_attn_models.generation.step import DecodingState, take_tokens
+from flash_attn_models.generation.step import DecodingState, prompt_step
 from flash_attn_models.gpt.model import GPTLMHeadModel
+from flash_attn_models.layers.kv_cache import Cache
 
 
 class _Row:
@@ -49,13 +51,13 @@ class _Row:
                 return
 
 
-@torch.no_grad()
+# No decorator of torch: at the end of a program it fails for a generator that is still open.
 def speculate(model: GPTLMHeadModel, request: Request, acceptance: Acceptance) -> Iterator[Columns]:
     """Yield columns as soon as every row has their token; count in ``acceptance`` what became of the drafts."""
     prompts, choice, device = request.prompts, request.step.choice, model.head_weight.device
     rows = [_Row(ids[:length]) for ids, length in zip(prompts.tokens.tolist(), prompts.lengths, strict=True)]
     contexts = [model.config.max_seqlen]
-    if isinstance(request.draft, GPTLMHeadModel):
+    if request.draft is not None and not isinstance(request.draft, str):
         contexts.append(request.draft.config.max_seqlen)
     context = min(contexts)
     room = [min(tokens + request.lookahead, context) for tokens in request.room]
@@ -63,10 +65,7 @@ def speculate(model: GPTLMHeadModel, request: Request, acceptance: Acceptance) -
     cache = open_cache(model, request.cache, request.page_size, room)
     try:
         drafter = _drafter(request, room, device)
-        state.start(prompts.tokens)
-        with evaluating(model):
-            logits = model(prompts.tokens, cache=cache, seqlens=prompts.seqlens, num_last_tokens=1)
-        take_tokens(logits[:, 0], state, request.step)
+        prompt_step(model, prompts, cache, state, request.step)
         first = [state.tokens, *([] if state.logprobs is None else [state.logprobs])]
         _take(rows, [[token] for token in first[0].tolist()], _by_row(first[1:]), request)
         shown = 0
@@ -88,11 +87,9 @@ def speculate(model: GPTLMHeadModel, request: Request, acceptance: Acceptance) -
             draft = Draft(torch.empty(len(rows), 0, dtype=torch.int64, device=device))
             if count > 0:
                 draft = drafter.propose(texts, count, state.seen)
-            last = torch.tensor([[text[-1]] for text in texts], device=device)
             cache.truncate([len(text) - 1 for text in texts])
-            with evaluating(model):
-                logits = model(torch.cat([last, draft.tokens], dim=1), cache=cache)
-            scores = choice.scores(logits, _seen_after(state.seen, draft.tokens))
+            last = [text[-1] for text in texts]
+            scores = _judge(model, cache, last, draft, choice, state.seen)
             verdict = (
                 accept_sampled(scores, draft, choice.generator)
                 if choice.do_sample
@@ -122,10 +119,21 @@ def speculate(model: GPTLMHeadModel, request: Request, acceptance: Acceptance) -
         close_cache(cache)
 
 
+@torch.no_grad()
+def _judge(
+    model: GPTLMHeadModel, cache: Cache, last: list[int], draft: Draft, choice: Choice, seen: Tensor | None
+) -> Tensor:
+    """Scores (B,K+1,V) after the last token of each text and 0 to K drafted ones, in evaluation mode."""
+    tokens = torch.cat([torch.tensor(last, device=draft.tokens.device)[:, None], draft.tokens], dim=1)
+    with evaluating(model):
+        logits = model(tokens, cache=cache)
+    return choice.scores(logits, _seen_after(seen, draft.tokens))
+
+
 def _drafter(request: Request, room: list[int], device: torch.device) -> Drafter:
-    if isinstance(request.draft, GPTLMHeadModel):
-        return ModelDrafter(request.draft, request.step.choice, room)
-    return PromptLookup(len(room), device)
+    if request.draft is None or isinstance(request.draft, str):
+        return PromptLookup(len(room), device)
+    return ModelDrafter(request.draft, request.step.choice, room)
 
 
 def _take(rows: list[_Row], new: list[list[int]], logprobs: list[list[float]], request: Request) -> None:

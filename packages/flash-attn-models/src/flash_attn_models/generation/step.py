@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from flash_attn_models.generation.choice import Choice
+from flash_attn_models.generation.evaluation import evaluating
+from flash_attn_models.generation.prompts import Prompts
 from flash_attn_models.gpt.model import GPTLMHeadModel
 from flash_attn_models.layers.kv_cache import Cache
 
@@ -47,6 +49,7 @@ class DecodingState:
         logprobs: float32 (B,), of the last tokens, if they are wanted; 0 where a row had ended before.
     """
 
+    @torch.inference_mode(False)  # the caller's mode may change from step to step
     def __init__(
         self, batch_size: int, vocab_size: int, options: StepOptions, device: torch.device | str
     ) -> None:
@@ -89,6 +92,18 @@ def take_tokens(logits: Tensor, state: DecodingState, options: StepOptions) -> N
     state.tokens.copy_(tokens)
 
 
+@torch.no_grad()
+def prompt_step(
+    model: GPTLMHeadModel, prompts: Prompts, cache: Cache, state: DecodingState, options: StepOptions
+) -> None:
+    """Feed the prompts and choose the first tokens. The model runs in evaluation mode."""
+    state.start(prompts.tokens)
+    with evaluating(model):
+        logits = model(prompts.tokens, cache=cache, seqlens=prompts.seqlens, num_last_tokens=1)
+    take_tokens(logits[:, 0], state, options)
+
+
+@torch.no_grad()
 def decode_step(model: GPTLMHeadModel, cache: Cache, state: DecodingState, options: StepOptions) -> None:
     """Feed the last tokens and choose the next ones."""
     logits = model(state.tokens[:, None], cache=cache, num_last_tokens=1)[:, 0]

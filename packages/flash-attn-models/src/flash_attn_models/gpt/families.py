@@ -6,7 +6,6 @@ that file would be: by :func:`flash_attn_models.gpt.hugging_face.config_from_hug
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from flash_attn_models.errors import bad_argument, did_you_mean
 from flash_attn_models.gpt.config import GPTConfig
 from flash_attn_models.gpt.hugging_face import config_from_hugging_face
+from flash_attn_models.gpt.hugging_face.config_fields import token_ids_from
 
 __all__ = ["FAMILIES", "Family", "family_of", "named_config"]
 
@@ -36,11 +36,14 @@ class Family:
 def named_config(name: str, **changes: Any) -> GPTConfig:
     """The config of a published model such as "pythia-160m" or "llama-3.2-1b"; ``changes`` replace fields.
 
-    Raises ValueError for a name that no family has.
+    Special tokens that a changed vocabulary does not have become None, unless they are changed too.
+
+    Raises ValueError for a name that no family has, or a field that a config does not.
     """
     family = family_of(name)
-    config = config_from_hugging_face({"model_type": family.model_type, **family.sizes[name]})
-    return dataclasses.replace(config, **changes)
+    fields = config_from_hugging_face({"model_type": family.model_type, **family.sizes[name]}).to_dict()
+    tokens = token_ids_from({**fields, "vocab_size": changes.get("vocab_size", fields["vocab_size"])})
+    return GPTConfig.from_dict({**fields, **tokens, **changes})
 
 
 def family_of(name: str) -> Family:

@@ -61,8 +61,9 @@ def config_from_params(params: Mapping[str, Any], *, vocab_size: int, tied: bool
     """The GPTConfig of the contents of ``params.json``.
 
     Two things are not in it and follow from what the published models have: the context (2048 tokens of LLaMA 1, 4096
-    of LLaMA 2, 16384 of Code Llama, 8192 of LLaMA 3, 131072 from 3.1 on), and, where ``rope_scaling_factor`` is
-    missing, how far frequencies are rescaled (8, and 32 in the models of LLaMA 3.2, of width up to 3072).
+    of LLaMA 2, 16384 of Code Llama, 8192 of LLaMA 3, 131072 from 3.1 on; 32768 of Mistral 7B, whose files have this
+    form and name ``hidden_dim``), and, where ``rope_scaling_factor`` is missing, how far frequencies are rescaled (8,
+    and 32 in the models of LLaMA 3.2, of width up to 3072).
 
     Args:
         vocab_size: rows of the embedding; older files say -1.
@@ -130,6 +131,8 @@ def _inner_dim(params: Mapping[str, Any]) -> int:
 def _context(params: Mapping[str, Any]) -> int:
     if params.get("use_scaled_rope"):
         return 131072
+    if "hidden_dim" in params:
+        return 32768
     of_base = {500000.0: 8192, 1000000.0: 16384}
     base = float(params.get("rope_theta", 10000.0))
     return of_base.get(base, 2048 if params.get("norm_eps", 1e-5) < 5e-6 else 4096)

@@ -477,4 +477,22 @@ def _check_input(input_ids: Tensor, cache: Cache | None, config: GPTConfig, devi
             "shorten the input, for example to its last tokens, or build the model with a larger max_seqlen",
         )
     if cache is not None:
+        _check_cache(cache, config, device)
         cache.check_room(input_ids.shape[0], seqlen)
+
+
+def _check_cache(cache: Cache, config: GPTConfig, device: torch.device) -> None:
+    if len(cache.k) != config.n_layer:
+        raise bad_argument(
+            "cache",
+            f"a cache of {len(cache.k)} layers",
+            f"{config.n_layer}, the model's",
+            "make it with flash_attn_models.generation.make_cache(model, ...)",
+        )
+    if cache.lengths.device != device:
+        raise bad_argument(
+            "cache",
+            f"device {cache.lengths.device}",
+            f"the model's device {device}",
+            f"make a cache with device={str(device)!r}",
+        )

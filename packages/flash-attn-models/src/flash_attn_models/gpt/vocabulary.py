@@ -48,6 +48,7 @@ def with_vocab_size(model: GPTLMHeadModel, vocab_size: int) -> GPTLMHeadModel:
     other.load_state_dict(weights, assign=True)
     for mine, its in zip(other.parameters(), model.parameters(), strict=True):
         mine.requires_grad_(its.requires_grad)
+    other.transformer.activation_checkpointing = model.transformer.activation_checkpointing
     return other.train(model.training)
 
 

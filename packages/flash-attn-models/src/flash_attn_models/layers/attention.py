@@ -15,8 +15,10 @@ from flash_attn_ops.rotary import RotaryEmbedding
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flash_attn_models.errors import bad_argument
 from flash_attn_models.layers.alibi import ALiBi
 from flash_attn_models.layers.depthwise_conv import CausalDepthwiseConv
+from flash_attn_models.layers.head_sizes import head_sizes
 from flash_attn_models.layers.kv_cache import Cache
 from flash_attn_models.layers.packed import Documents
 from flash_attn_models.tensor_parallel.heads import QueryPartition, summed_over_sharers
@@ -84,8 +86,10 @@ class CausalSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.parallel = parallel
-        self.d_head = d_model // n_head if d_head is None else d_head
-        self.partition = parallel.heads(n_head, n_head if n_head_kv is None else n_head_kv, self.d_head)
+        if window is not None and window < 1:
+            raise bad_argument("window", window, "at least 1 token, or None", "leave it out for all tokens")
+        all_heads_kv, self.d_head = head_sizes(d_model, n_head, n_head_kv, d_head)
+        self.partition = parallel.heads(n_head, all_heads_kv, self.d_head)
         self.heads, heads_kv = self.partition.heads(parallel.group.rank)
         self.n_head, self.n_head_kv = len(self.heads), len(heads_kv)  # of this rank
         self.dropout = dropout

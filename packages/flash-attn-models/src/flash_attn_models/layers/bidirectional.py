@@ -15,6 +15,7 @@ from flash_attn_ops.attention import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flash_attn_models.layers.head_sizes import head_sizes
 from flash_attn_models.tensor_parallel.plan import SINGLE_PROCESS, TensorParallel
 
 
@@ -47,7 +48,7 @@ class BidirectionalSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.parallel = parallel
-        self.d_head = d_model // n_head
+        _, self.d_head = head_sizes(d_model, n_head, None, None)
         partition = parallel.heads(n_head, n_head, self.d_head)
         self.n_head = len(partition.heads(parallel.group.rank)[0])  # of this rank
         self.dropout = dropout

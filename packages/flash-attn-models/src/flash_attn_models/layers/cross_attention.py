@@ -16,6 +16,7 @@ from flash_attn_ops.rotary import RotaryEmbedding, apply_rotary_emb
 from torch import Tensor, nn
 
 from flash_attn_models.errors import bad_argument
+from flash_attn_models.layers.head_sizes import head_sizes
 from flash_attn_models.tensor_parallel.heads import QueryPartition
 from flash_attn_models.tensor_parallel.plan import SINGLE_PROCESS, TensorParallel
 
@@ -86,15 +87,8 @@ class CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        heads_kv = n_head if n_head_kv is None else n_head_kv
-        if n_head % heads_kv != 0:
-            raise bad_argument("n_head_kv", n_head_kv, f"a divisor of n_head={n_head}", "change one of them")
-        if d_head is None and d_model % n_head != 0:
-            raise bad_argument(
-                "d_model", d_model, f"a multiple of n_head={n_head}", "change one of them, or give d_head"
-            )
         self.parallel = parallel
-        self.d_head = d_model // n_head if d_head is None else d_head
+        heads_kv, self.d_head = head_sizes(d_model, n_head, n_head_kv, d_head)
         self.partition = parallel.heads(n_head, heads_kv, self.d_head)
         self.n_head, self.n_head_kv = map(len, self.partition.heads(parallel.group.rank))  # of this rank
         self.d_context = d_model if d_context is None else d_context
@@ -223,16 +217,17 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         if self.rotary is None:
             return heads
-        positions = max_seqlen
-        if positions is None:
-            if cu_seqlens is not None or isinstance(offset, Tensor):
-                raise bad_argument(
-                    "max_seqlen_context" if of_keys else "max_seqlen",
-                    None,
-                    "how many positions the rotary table must have, since only the device knows",
-                    "pass the length of the longest sequence",
-                )
+        if cu_seqlens is None and not isinstance(offset, Tensor):
             positions = offset + heads.shape[1]
+        elif max_seqlen is None:
+            raise bad_argument(
+                "max_seqlen_context" if of_keys else "max_seqlen",
+                None,
+                "how many positions the rotary table must have, since only the device knows",
+                "pass the length of the longest sequence",
+            )
+        else:
+            positions = max_seqlen
         tables = self.rotary.key_tables if of_keys else self.rotary.tables
         cos, sin = tables(positions, heads.device)
         return apply_rotary_emb(

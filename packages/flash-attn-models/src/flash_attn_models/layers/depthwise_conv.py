@@ -85,12 +85,15 @@ class CausalDepthwiseConv(nn.Module):
 
     def _convolve(self, x: Tensor) -> Tensor:
         """x (B,S+W-1,C), which begins with what precedes the S tokens -> (B,S,C)."""
+        if x.shape[1] < self.width:  # no tokens, which torch refuses
+            return self._convolve(F.pad(x, (0, 0, 1, 0)))[:, :0]
         y = F.conv1d(x.transpose(1, 2), self.weight, self.bias, groups=self.weight.shape[0])
         return y.transpose(1, 2).contiguous()  # attention wants the elements of a head side by side
 
     @torch.inference_mode(False)  # a state made in inference mode could not be written outside of it
     def _state(self, x: Tensor, cache: Cache, layer: int) -> Tensor:
         if layer not in cache.states:
+            cache.rewindable = REWINDABLE_TOKENS
             rows = self.width - 1 + REWINDABLE_TOKENS
             cache.states[layer] = torch.empty(
                 x.shape[0], rows, x.shape[2], device=x.device, dtype=x.dtype, requires_grad=False

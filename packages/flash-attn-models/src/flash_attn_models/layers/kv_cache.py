@@ -30,6 +30,8 @@ class Cache:
         seqlens: in a forward pass whose rows have padding behind them, how many tokens of each are its own, (B,); None
             is all. The model sets it, ``advance`` forgets it.
         states: by layer, what it keeps of each sequence beside keys and values (depthwise convolutions do).
+        rewindable: how many of a sequence's last tokens may be forgotten again; None is all. A layer that keeps a state
+            sets it.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Cache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=k[0].device)
         self.seqlens: Tensor | None = None
         self.states: dict[int, Tensor] = {}
+        self.rewindable: int | None = None
 
     @property
     def max_positions(self) -> int:
@@ -109,7 +112,8 @@ class Cache:
         """Keep the first ``lengths[b]`` tokens of each sequence, as after drafts that were not accepted.
 
         The lengths are known to the host, so that ``length`` is exact afterwards. ValueError if there are not as many
-        as sequences, or one is negative or above ``length``.
+        as sequences, one is negative or above ``length``, or more than ``rewindable`` tokens would be forgotten (all of
+        a sequence's may), for which a GPU is waited for.
         """
         if len(lengths) != self.batch_size or not 0 <= min(lengths) <= max(lengths) <= self.length:
             raise bad_argument(
@@ -118,9 +122,21 @@ class Cache:
                 f"{self.batch_size} numbers from 0 to {self.length}, the tokens in the cache",
                 "pass how many tokens of each sequence to keep",
             )
+        if self.rewindable is not None:
+            self._check_rewindable(lengths, self.rewindable)
         self.length = max(lengths)
         self.equal_lengths = min(lengths) == self.length
         self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+
+    def _check_rewindable(self, lengths: Sequence[int], most: int) -> None:
+        before = self.lengths.tolist()
+        if any(0 < keep < have - most for keep, have in zip(lengths, before, strict=True)):
+            raise bad_argument(
+                "lengths",
+                f"{list(lengths)} after {before} tokens",
+                f"at most {most} less, or 0, since a depthwise convolution can take back no more",
+                "keep more tokens, or 0 of them and compute the others anew",
+            )
 
     def reset(self) -> None:
         """Forget all tokens; the buffers stay."""

@@ -25,15 +25,15 @@ class StochasticDepth(nn.Module):
         self.probability = probability
 
     def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
-        """x (B,S,d_model), or packed (T,d_model) with its documents, each of which skips or stays as a whole."""
+        """x (B,...), or packed (T,d_model) with its documents, each of which skips or stays as a whole."""
         if self.probability == 0.0 or not self.training:
             return x
         stays = 1.0 - self.probability
         sequences = x.shape[0] if documents is None else documents.cu_seqlens.shape[0]
         keep = torch.empty(sequences, device=x.device, dtype=x.dtype).bernoulli_(stays).div_(stays)
         if documents is not None:
-            return x * keep.index_select(0, documents.numbers)[:, None]
-        return x * keep[:, None, None]
+            keep = keep.index_select(0, documents.numbers)
+        return x * keep.view(-1, *[1] * (x.ndim - 1))
 
     def extra_repr(self) -> str:
         return f"{self.probability}"

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from flash_attn_ops.distributed import Group, Partition, all_reduce_async, get_dim_for_local_rank
+from flash_attn_ops.library import once_differentiable
 from flash_attn_ops.tensor_parallel import column_parallel_linear
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from flash_attn_models.errors import bad_argument
 from flash_attn_models.tensor_parallel.layers import ColumnLinear, RowLinear

@@ -23,6 +23,9 @@ _UNSUPPORTED = {
     "output_attentions": "attention probabilities are never in memory",
     "head_mask": "heads are not masked",
     "position_bias": "there is no bias of relative positions",
+    "indices": "keys are not picked one by one",
+    "block_indices": "keys are not picked by blocks",
+    "sinks": "a sink is of a head, as s_aux, and not of a token",
     "block_table": "continuous batching keeps pages of its own",
     "read_index": "continuous batching keeps pages of its own",
 }
@@ -94,7 +97,9 @@ def attention_forward(
             out = flash_attn_func(q, k, v, **options, **where)
         else:
             out = _attend_packed(q, k, v, bounds_by_position, bounds_by_position, **options, **where)
-    elif attention_mask.dim() == 4:
+    elif attention_mask.dim() == 4 and (
+        attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+    ):
         out = flash_attn_func(q, k, v, **options, **_complete(attention_mask, k))
     elif attention_mask.dim() == 2 and attention_mask.dtype == torch.int32:
         bounds_of_rows = packed_cu_seqlens(attention_mask)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flash_attn_models.errors import bad_argument
+from flash_attn_models.transformers_integration.model_code import refuse_own_attention, tells_of_windows
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -38,6 +39,7 @@ def attention_mask(
     allow_is_bidirectional_skip: bool | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **others: Any,
 ) -> Tensor | None:
     """The mask for ``attention_forward``, with the arguments of transformers' own mask functions.
@@ -51,6 +53,7 @@ def attention_mask(
         allow_is_causal_skip: False if the function is more than "causal" with that window.
         allow_is_bidirectional_skip: likewise for attention in both directions; None if this is causal.
         use_vmap: the function is of the caller's making.
+        config: of the model.
     """
     if q_length is None or kv_length is None or mask_function is None:
         raise bad_argument(
@@ -59,6 +62,8 @@ def attention_mask(
             "a version that gives them (5.24 does)",
             "upgrade transformers",
         )
+
+    refuse_own_attention(config)
 
     def complete() -> Tensor:
         from transformers.masking_utils import sdpa_mask
@@ -76,6 +81,7 @@ def attention_mask(
             allow_is_bidirectional_skip=False,
             use_vmap=use_vmap,
             device=device,
+            config=config,
             **others,
         )
         assert mask is not None  # which skipping would give
@@ -85,10 +91,13 @@ def attention_mask(
     is_plain = allow_is_causal_skip if is_causal else allow_is_bidirectional_skip
     if use_vmap or (attention_mask is not None and attention_mask.dim() != 2):
         return complete()
+    # A cache may hold no more keys than a window or chunk has: they are a whole window, but may be of two chunks.
+    has_window = local_size is not None and bool(kv_offset + kv_length > local_size)
+    if has_window and not tells_of_windows(config):
+        return complete()
     if torch.compiler.is_compiling():  # values are not there to be read, as they are below
-        has_window = is_causal and local_size is not None and kv_length > local_size
         ends_with_last_query = isinstance(q_offset, int) and q_offset + q_length - kv_offset == kv_length
-        is_nothing = is_plain and attention_mask is None and not has_window
+        is_nothing = is_plain and attention_mask is None and not (is_causal and has_window)
         return None if is_nothing and (ends_with_last_query or not is_causal) else complete()
     if not is_plain:
         is_training_step = attention_mask is None and q_length == kv_length and isinstance(q_offset, int)
@@ -100,7 +109,7 @@ def attention_mask(
     keys = _real_keys(attention_mask, kv_length, kv_offset)
     if not is_causal:
         return None if keys is None or bool(keys.all()) else keys
-    if local_size is not None and kv_length > local_size:
+    if local_size is not None and has_window:
         queries = torch.arange(q_length, device=device) + q_offset
         if not _is_window(mask_function, batch_size, queries, local_size, kv_offset):
             return complete()

@@ -52,7 +52,12 @@ def packed_cu_seqlens(segments: Tensor) -> Tensor:
 
 def bounds_of_restarts(positions: Tensor) -> Tensor:
     """int32 (sequences + 1,): the same by positions, int (B, S), which grow within a sequence."""
-    return _remembered(positions, "restarts", lambda: _bounds(positions[:, 1:] <= positions[:, :-1]))
+
+    def find() -> Tensor:
+        return _bounds(positions[:, 1:] <= positions[:, :-1])
+
+    # They are the caller's, and may be written anew, which in inference mode nothing tells of.
+    return find() if positions.is_inference() else _remembered(positions, "restarts", find)
 
 
 def _bounds(begins_after_first: Tensor) -> Tensor:
@@ -61,14 +66,18 @@ def _bounds(begins_after_first: Tensor) -> Tensor:
     return functional.pad(starts, (0, 1), value=begins.numel()).int()
 
 
-# Each is found by waiting for the device, and all layers are given the same tensor.
+# Each is found by waiting for the device, and all layers are given the same tensor: by tensor, which version of it
+# was looked at, and what was found in that.
 _MEMORY = WeakIdKeyDictionary()
 
 
 def _remembered(tensor: Tensor, what: str, find: Callable[[], T]) -> T:
-    key = (what, tensor._version if not tensor.is_inference() else 0)
-    known = _MEMORY.setdefault(tensor, {})
-    if key not in known:
-        known[key] = find()
-    found: T = known[key]
-    return found
+    version = 0 if tensor.is_inference() else tensor._version
+    known_version, found = _MEMORY.get(tensor, (None, {}))
+    if known_version != version:
+        found = {}
+        _MEMORY[tensor] = (version, found)
+    if what not in found:
+        found[what] = find()
+    result: T = found[what]
+    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flash_attn_models.errors import bad_argument
 from flash_attn_models.transformers_integration.attention import attention_forward
 from flash_attn_models.transformers_integration.masks import attention_mask
+from flash_attn_models.transformers_integration.model_code import allow_while_compiling
 
 ATTENTION_NAME = "fa_kernels"
 
@@ -39,6 +40,7 @@ def register_with_transformers(name: str = ATTENTION_NAME) -> str:
         raise ImportError(
             "transformers 5 is needed: pip install 'flash-attn-models[transformers]'", name="transformers"
         ) from error
+    allow_while_compiling()
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, attention_mask)
     return name

@@ -115,6 +115,8 @@ def causal_lm_loss(
         ignore_index=ignore_index,
         reduction="mean" if num_items_in_batch is None else "sum",
     )
+    if isinstance(num_items_in_batch, Tensor):  # of a model over several devices it may be on another one
+        num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 

@@ -36,7 +36,7 @@ def with_image_size(model: AViT, image_size: Size, *, antialias: bool = False) -
     weights["position_embeddings"] = interpolate_positions(
         weights["position_embeddings"], old.grid, new.grid, n_prefix=old.n_prefix, antialias=antialias
     ).contiguous()
-    embeddings = ViTEmbeddings(new, device="meta")
+    embeddings = ViTEmbeddings(new, device="meta", parallel=encoder.parallel)
     embeddings.load_state_dict(weights, assign=True)
     for mine, its in zip(embeddings.parameters(), encoder.embeddings.parameters(), strict=True):
         mine.requires_grad_(its.requires_grad)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flash_attn_models.errors import bad_argument, did_you_mean
+from flash_attn_models.errors import bad_argument, listed
 from flash_attn_models.gpt.hugging_face.state_dict import (
     Entry,
     Layout,
@@ -20,8 +20,6 @@ from flash_attn_models.vit.config import ViTConfig
 from flash_attn_models.vit.entries import projection_entries
 from flash_attn_models.vit.head import ViTForImageClassification
 from flash_attn_models.vit.model import ViTModel
-
-_MAX_NAMES_IN_MESSAGE = 8
 
 
 def from_timm(
@@ -112,9 +110,9 @@ def _check(state_dict: Mapping[str, Tensor], layout: Layout, shapes: Mapping[str
         if name in state_dict and state_dict[name].shape != shape
     ]
     problems = [
-        *([f"missing {_listed(missing, unexpected)}"] if missing else []),
-        *([f"unexpected {_listed(unexpected, missing)}"] if unexpected else []),
-        *([_listed(wrong, ())] if wrong else []),
+        *([f"missing {listed(missing, unexpected)}"] if missing else []),
+        *([f"unexpected {listed(unexpected, missing)}"] if unexpected else []),
+        *([listed(wrong)] if wrong else []),
     ]
     if problems:
         raise bad_argument(
@@ -124,9 +122,3 @@ def _check(state_dict: Mapping[str, Tensor], layout: Layout, shapes: Mapping[str
             "give the config of this state dict (for other images than it was trained with: its own image_size, "
             "and then with_image_size)",
         )
-
-
-def _listed(names: list[str], candidates: list[str] | tuple[str, ...]) -> str:
-    shown = [name + did_you_mean(name, candidates) for name in names[:_MAX_NAMES_IN_MESSAGE]]
-    rest = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")

@@ -8,11 +8,12 @@ from typing import Any
 from flash_attn_models.bert.config import BertConfig
 from flash_attn_models.errors import bad_argument
 from flash_attn_models.gpt.hugging_face.config_fields import (
+    ENCODER_ACTIVATIONS,
     TOKEN_FIELDS,
+    encoder_activation_from,
     refuse_unknown,
     require,
     token_ids_from,
-    unsupported,
 )
 
 # What transformers assumes for a field that config.json leaves out.
@@ -62,16 +63,6 @@ _INERT = {
     "pooler_size_per_head",
     "pooler_type",
 }
-_ACTIVATION_TO_OURS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-_ACTIVATION_FROM_OURS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
 
 
 def config_from_hugging_face(fields: Mapping[str, Any]) -> BertConfig:
@@ -88,13 +79,10 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> BertConfig:
     for name, (value, why) in _REQUIRED.items():
         require(fields, name, value, why)
     values = {**_DEFAULTS, **fields}
-    activation = values["hidden_act"]
-    if activation not in _ACTIVATION_TO_OURS:
-        raise unsupported("hidden_act", activation, f"one of {', '.join(_ACTIVATION_TO_OURS)}")
     return BertConfig(
         **{ours: values[theirs] for theirs, ours in _FIELDS.items()},
         **token_ids_from(values),
-        activation=_ACTIVATION_TO_OURS[activation],
+        activation=encoder_activation_from(values, "hidden_act"),
     )
 
 
@@ -110,6 +98,6 @@ def config_to_hugging_face(config: BertConfig, architecture: str = "BertModel") 
         **{theirs: plain[ours] for theirs, ours in _FIELDS.items()},
         **{name: plain[name] for name in TOKEN_FIELDS},
         "intermediate_size": config.inner_dim,
-        "hidden_act": _ACTIVATION_FROM_OURS[config.activation],
+        "hidden_act": ENCODER_ACTIVATIONS[config.activation],
         "position_embedding_type": "absolute",
     }

@@ -12,23 +12,23 @@ from flash_attn_models.gpt.config import GPTConfig
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Fields that any transformers config may carry and that do not change the logits: bookkeeping, what to
-# return, settings of the generation loop that transformers 4 kept here, and what training tools leave behind.
+# return, settings of the generation loop that transformers 4 kept here, and what training tools leave behind; some are
+# of transformers 2 and 3, whose files are still those of well-known models.
 INERT_FIELDS = frozenset({
-    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
-    "_commit_hash", "_name_or_path",
-    "architectures", "auto_map", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward",
-    "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
-    "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_commit_hash",
+    "_flash_attn_2_enabled", "_name_or_path", "_num_labels", "architectures", "auto_map", "bad_words_ids",
+    "begin_suppress_tokens", "chunk_size_feed_forward", "cross_attention_hidden_size", "custom_pipelines",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
+    "encoder_no_repeat_ngram_size", "eos_token_ids", "exponential_decay_length_penalty", "finetuning_task",
     "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label", "is_decoder",
-    "is_encoder_decoder", "label2id", "length_penalty", "max_length", "max_sequence_length", "min_length", "model_type",
-    "neftune_noise_alpha",
-    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
-    "output_hidden_states", "output_scores", "prefix", "problem_type", "pruned_heads",
-    "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
-    "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
-    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
-    "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version",
-    "use_bfloat16", "use_cache",
+    "is_encoder_decoder", "label2id", "language", "length_penalty", "max_length", "max_sequence_length",
+    "min_length", "model_type", "name", "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states", "output_past",
+    "output_scores", "prefix", "problem_type", "pruned_heads", "remove_invalid_values", "repetition_penalty",
+    "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+    "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p", "torch_dtype",
+    "torchscript", "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed",
+    "unsloth_version", "use_bfloat16", "use_cache", "xla_device",
 })  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def refuse_unknown(fields: Mapping[str, Any], known: Collection[str]) -> None:
     for name in fields:
         if name in known or name in INERT_FIELDS:
             continue
-        if name == "quantization_config":
+        if name in ("quantization_config", "quantization"):
             raise unsupported(name, fields[name], "weights in floating point, not quantised")
         raise bad_argument(
             f"config field {name!r}",
@@ -82,13 +82,23 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 PLAIN_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
+ENCODER_ACTIVATIONS = {**PLAIN_ACTIVATIONS, "silu": "silu"}
 
 
 def activation_from(values: Mapping[str, Any], name: str) -> str:
-    """Our name of the activation in this field; ValueError for one that the plain MLP does not have."""
-    if values[name] not in _ACTIVATIONS:
-        raise unsupported(name, values[name], f"one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[values[name]]
+    """Our name of the activation in this field; ValueError for one that the plain MLP of decoders does not have."""
+    return _activation(values, name, _ACTIVATIONS)
+
+
+def encoder_activation_from(values: Mapping[str, Any], name: str) -> str:
+    """The same for BERT and ViT, which have another one."""
+    return _activation(values, name, {**_ACTIVATIONS, "silu": "silu", "swish": "silu"})
+
+
+def _activation(values: Mapping[str, Any], name: str, known: Mapping[str, str]) -> str:
+    if values[name] not in known:
+        raise unsupported(name, values[name], f"one of {', '.join(known)}")
+    return known[values[name]]
 
 
 def embedding_dropout_from(values: Mapping[str, Any], embedding: str, residual: str) -> float | None:
@@ -124,6 +134,7 @@ def find_obstacles(
         "n_head_kv": (config.num_heads_kv == config.n_head, "n_head"),
         "d_head": (config.head_dim * config.n_head == config.d_model, "d_model / n_head"),
         "rotary_dim": (config.num_rotary_dims in (0, config.head_dim), "the head dimension"),
+        "softmax_scale": (config.softmax_scale in (None, config.head_dim**-0.5), "1 / sqrt(head dimension)"),
     }
     for field in dataclasses.fields(config):
         name = field.name

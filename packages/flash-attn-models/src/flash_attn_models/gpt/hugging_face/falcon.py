@@ -50,6 +50,7 @@ _DEFAULTS: dict[str, Any] = {
     "eos_token_id": 11,
     "pad_token_id": None,
 }
+_INERT = {"ff_factor"}  # of Falcon 2, and the ratio that ffn_hidden_size has; transformers does not read it
 _FIELDS = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_seqlen",
@@ -70,7 +71,7 @@ def config_from(fields: Mapping[str, Any]) -> GPTConfig:
 
     transformers rounds the ALiBi of Falcon-RW to bfloat16 even in fp32 models; here it is exact.
     """
-    refuse_unknown(fields, {*_DEFAULTS, *ROPE_FIELDS, "apply_residual_connection_post_layernorm"})
+    refuse_unknown(fields, {*_DEFAULTS, *ROPE_FIELDS, *_INERT, "apply_residual_connection_post_layernorm"})
     require(
         fields,
         "apply_residual_connection_post_layernorm",

@@ -58,9 +58,12 @@ _REQUIRED = {
     "add_cross_attention": (False, "this is a decoder without an encoder"),
 }
 # n_ctx repeats n_positions; reorder_and_upcast_attn asks for the fp32 softmax that our attention always has;
-# the summary fields shape a classification head.
+# the summary fields shape a classification head; n_special and predict_special_tokens are of the first GPT, and GPT-2
+# has never read them.
 _INERT = {
     "n_ctx",
+    "n_special",
+    "predict_special_tokens",
     "reorder_and_upcast_attn",
     "summary_activation",
     "summary_first_dropout",

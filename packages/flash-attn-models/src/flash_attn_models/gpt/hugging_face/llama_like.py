@@ -69,11 +69,13 @@ _FIELDS = {
     "attention_dropout": "attn_dropout",
     "initializer_range": "initializer_range",
 }
-# pretraining_tp splits matrix products into parts without changing their value.
-_INERT = {"pretraining_tp"}
+# pretraining_tp splits matrix products into parts without changing their value; is_llama_config tells the tool that
+# trained SmolLM what kind of config it has.
+_INERT = {"pretraining_tp", "is_llama_config"}
 _REQUIRED = {
     "add_cross_attention": (False, "this is a decoder without an encoder"),
     "use_mrope": (False, "positions have one dimension"),
+    "rope_interleaved": (False, "the first halves of heads rotate with the second ones"),
 }
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 

@@ -59,6 +59,9 @@ _REQUIRED = {
     "layer_norm_elementwise_affine": (True, "norms have weights and biases"),
     "_remove_final_layer_norm": (False, "there is a norm after the last of pre-norm layers"),
     "layerdrop": (0.0, "no layer is left out in training"),
+    # Of the code that Galactica was trained with; transformers reads neither.
+    "learned_embeddings": (True, "positions are learned"),
+    "scale_embeddings": (False, "the embedding has no factor"),
 }
 _INERT = {"activation_dropout"}  # transformers reads it nowhere
 _POSITION_OFFSET = 2  # rows in front of position 0; the second is for padding

@@ -13,7 +13,8 @@ from flash_attn_models.gpt.hugging_face.config_fields import unsupported
 from flash_attn_models.gpt.rotary_scaling import RotaryScaling
 
 _ORIGINAL = "original_max_position_embeddings"
-ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", _ORIGINAL})
+_SHARE = "partial_rotary_factor"
+ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", _ORIGINAL, _SHARE})
 _DEFAULT_BASE = 10000.0
 _KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope")
 
@@ -53,13 +54,11 @@ def rope_from(
     share = fields.get(share_field, share) if share_field else share
     scaling = None
     for field in ("rope_scaling", "rope_parameters"):
-        rope = {name: value for name, value in dict(fields.get(field) or {}).items() if value is not None}
+        rope = _given(field, fields.get(field))
         base = rope.pop("rope_theta", base)
-        given_share = rope.pop("partial_rotary_factor", share)
+        given_share = rope.pop(_SHARE, share)
         if share_field is None and given_share != 1.0:
-            raise unsupported(
-                field, fields[field], "partial_rotary_factor 1.0, because this family rotates whole heads"
-            )
+            raise unsupported(field, fields[field], f"{_SHARE} 1.0, because this family rotates whole heads")
         share = given_share
         old_kind = rope.pop("type", "default")
         kind = rope.pop("rope_type", old_kind)
@@ -71,10 +70,20 @@ def rope_from(
             continue
         if kind == "su":
             kind = "longrope"  # its first name
-        if kind != "linear" and fields.get(_ORIGINAL) is not None:  # some configs have it beside the others
+        if fields.get(_ORIGINAL) is not None:  # some configs have it beside the others
             rope.setdefault(_ORIGINAL, fields[_ORIGINAL])
         scaling = _scaling_from(field, fields[field], kind, rope, max_seqlen)
+    if fields.get(_SHARE, share) not in (None, share):
+        why = "other fields say so" if share_field else "this family rotates whole heads"
+        raise unsupported(_SHARE, fields[_SHARE], f"{share}, because {why}")
     return Rope(_DEFAULT_BASE if base is None else base, scaling, share)
+
+
+def _given(field: str, value: object) -> dict[str, Any]:
+    """What is said in one of the dictionaries."""
+    if not isinstance(value, Mapping | None):
+        raise unsupported(field, value, "an object of parameters, or null")
+    return {name: given for name, given in (value or {}).items() if given is not None}
 
 
 def _scaling_from(
@@ -85,12 +94,14 @@ def _scaling_from(
             field, given, f"rope_type 'default' or one of {', '.join(map(repr, _KINDS))}, not {kind!r}"
         )
     original = parameters.pop(_ORIGINAL, None)
+    if kind == "yarn":
+        parameters.pop("finetuned", None)  # of YaRN's authors: whether weights were trained with it
     if kind == "dynamic":
         if original not in (None, max_seqlen):
             raise unsupported(
                 field, given, f"original_max_position_embeddings {max_seqlen}, the config's context"
             )
-    elif original is not None or kind in ("yarn", "llama3", "longrope"):
+    elif kind != "linear":  # which divides positions, wherever pretraining ended
         parameters["original_max_seqlen"] = max_seqlen if original is None else original
     try:
         return RotaryScaling.from_dict({"kind": kind, **parameters})

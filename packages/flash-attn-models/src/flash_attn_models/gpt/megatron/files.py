@@ -122,6 +122,10 @@ def save_megatron(model: GPTLMHeadModel, folder: str | os.PathLike[str]) -> None
     Raises:
         ValueError: a model that Megatron-LM's GPT cannot express, or a folder that holds something.
     """
+    if not isinstance(model, GPTLMHeadModel):
+        raise bad_argument(
+            "model", f"a {type(model).__name__}", "a GPTLMHeadModel", "unwrap it: model.module"
+        )
     if model.parallel.is_parallel:
         raise bad_argument(
             "model",

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from flash_attn_models.errors import bad_argument
-from flash_attn_models.gpt.hugging_face.config_fields import refuse_unknown, require, unsupported
+from flash_attn_models.gpt.hugging_face.config_fields import (
+    ENCODER_ACTIVATIONS,
+    encoder_activation_from,
+    refuse_unknown,
+    require,
+    unsupported,
+)
 from flash_attn_models.vit.config import ViTConfig
 
 # What transformers assumes for a field that config.json leaves out.
@@ -41,16 +47,6 @@ _FIELDS = {
 }
 # Of the head for masked images, and how many labels there are, which id2label says too.
 _INERT = {"encoder_stride", "num_labels"}
-_ACTIVATION_TO_OURS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-_ACTIVATION_FROM_OURS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"}
 _N_LABELS = 2  # what transformers assumes
 
 
@@ -71,13 +67,10 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> ViTConfig:
         raise unsupported(
             "pooler_output_size", fields["pooler_output_size"], f"hidden_size={values['hidden_size']}"
         )
-    activation = values["hidden_act"]
-    if activation not in _ACTIVATION_TO_OURS:
-        raise unsupported("hidden_act", activation, f"one of {', '.join(_ACTIVATION_TO_OURS)}")
     return ViTConfig(
         **{ours: values[theirs] for theirs, ours in _FIELDS.items()},
         **_classes_from(fields),
-        activation=_ACTIVATION_TO_OURS[activation],
+        activation=encoder_activation_from(values, "hidden_act"),
     )
 
 
@@ -109,7 +102,7 @@ def config_to_hugging_face(config: ViTConfig, architecture: str = "ViTModel") ->
         "model_type": "vit",
         **{theirs: plain[ours] for theirs, ours in _FIELDS.items()},
         "intermediate_size": config.inner_dim,
-        "hidden_act": _ACTIVATION_FROM_OURS[config.activation],
+        "hidden_act": ENCODER_ACTIVATIONS[config.activation],
         "id2label": {str(number): name for number, name in enumerate(names)},
         "label2id": {name: number for number, name in enumerate(names)},
     }
