@@ -59,6 +59,8 @@ def small_config(corpus_folder: Path, token_cache: Path, tmp_path: Path) -> Call
             if isinstance(change, dict):
                 change = dataclasses.replace(getattr(config, name), **change)
             config = dataclasses.replace(config, **{name: change})
+        if not isinstance(config.model, GPTModelConfig):  # no other writes a sample
+            config = dataclasses.replace(config, generation=GenerationConfig())
         return config
 
     return build

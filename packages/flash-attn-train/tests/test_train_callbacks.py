@@ -19,6 +19,7 @@ from flash_attn_train.callbacks.causality import largest_leak
 from flash_attn_train.callbacks.gpu_affinity import cores_near_gpu, cores_of_mask
 from flash_attn_train.callbacks.measurement import Window
 from flash_attn_train.callbacks.norms import layers_of
+from flash_attn_train.callbacks.speed import SpeedMonitor
 from flash_attn_train.configs.callbacks import (
     CallbacksConfig,
     CausalityConfig,
@@ -165,6 +166,26 @@ def test_record_has_what_the_default_callbacks_measure(
     assert "step 3/6  validation loss" in printed and "bits/byte" in printed
 
 
+def test_speed_is_of_all_devices_or_of_each() -> None:
+    facts: Any = SimpleNamespace(flops_per_sample=10**9)
+    trainer: Any = SimpleNamespace(world_size=4, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    monitor, task = SpeedMonitor(facts, peak_tflops=2.0), TinyTask()
+    assert monitor.measure(trainer, task, Window(seconds=2.0, steps=4, samples=1000, tokens=8000)) == {
+        "step_time_s": 0.5,
+        "tokens_per_s_per_device": 1000.0,
+        "mfu": pytest.approx(1000 * 1e9 / 2.0 / (4 * 2e12)),
+    }
+    images = monitor.measure(trainer, task, Window(seconds=2.0, steps=4, samples=1000, tokens=0))
+    assert images["samples_per_s_per_device"] == 125.0
+
+
+def test_loss_of_a_step_is_the_mean_over_its_forward_passes(tmp_path: Path) -> None:
+    _, rows = fit(tmp_path, accumulate=3, steps=1)
+    task = TinyTask().eval()
+    expected = torch.stack([task.loss(batch) for batch in Batches(0, 3)]).mean()
+    assert rows[0]["train/loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_resumed_run_records_the_same(tmp_path: Path) -> None:
     class SaveAt4(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -235,6 +256,18 @@ def test_bad_step_is_found_with_the_record_and_at_the_validation(tmp_path: Path)
         assert len(torch.load(folder / "nan_batch.pt")["batches"]) == 2  # both forward passes
     rows = read_metrics(tmp_path / "record/metrics.csv")
     assert [row["step"] for row in rows] == [2] and rows[0]["train/loss"] != rows[0]["train/loss"]
+
+
+def test_kept_losses_are_those_of_the_forward_passes(tmp_path: Path) -> None:
+    class SecondIsBad(TinyTask):
+        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            return self.loss(batch) * (float("nan") if batch_idx == 1 else 1.0)
+
+    with pytest.raises(TrainingError, match="step 1 is not finite"):
+        fit(tmp_path, task=SecondIsBad(), accumulate=2)
+    good, bad = torch.load(tmp_path / "nan_batch.pt")["losses"]
+    assert good == pytest.approx(float(TinyTask().loss(next(iter(Batches(0, 1))))), rel=1e-5)
+    assert bad != bad
 
 
 def test_batches_that_wait_for_their_check_are_bounded(
@@ -313,6 +346,12 @@ def test_leak_is_found_and_leaves_no_trace() -> None:
     transformers = pytest.importorskip("transformers", reason="needs a model that is not ours")
     shape = transformers.GPT2Config(vocab_size=VOCAB, n_positions=SEQLEN, n_layer=2, n_head=2, n_embd=8)
     assert largest_leak(transformers.AutoModelForCausalLM.from_config(shape), SEQLEN) == 0.0
+
+
+@pytest.mark.parametrize("seqlen", [1, 2, 3])
+def test_leak_in_short_sequences(seqlen: int) -> None:
+    assert largest_leak(TinyTask().model, seqlen) == 0.0
+    assert (largest_leak(Leaky(), seqlen) > 0) == (seqlen > 1)
 
 
 @pytest.mark.parametrize("on_leak", ["raise", "log"])

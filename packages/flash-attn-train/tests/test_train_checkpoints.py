@@ -16,7 +16,9 @@ from flash_attn_train.checkpoints import (
     AtomicCheckpointIO,
     check_same_config,
     check_same_data,
+    map_checkpoint,
     read_checkpoint,
+    read_header,
 )
 from flash_attn_train.configs.checks import flatten
 from flash_attn_train.configs.scheduler import CosineConfig
@@ -134,6 +136,7 @@ def test_same_config_passes() -> None:
         {"trainer": {"batch_size": 1, "accumulate_grad_batches": 4}},
         {"trainer": {"devices": 2}, "strategy": TensorParallelConfig()},
         {"trainer": {"batch_size": 2, "global_batch_size": 4}},
+        {"trainer": {"profiler": "simple"}},
     ],
 )
 def test_what_does_not_change_the_computation_may_differ(changes: dict[str, Any]) -> None:
@@ -165,9 +168,48 @@ def test_other_config_names_the_field(changes: dict[str, Any], field: str) -> No
     assert "last.ckpt is of another config" in str(error.value) and field in str(error.value)
 
 
+def test_a_tokenizer_may_be_elsewhere() -> None:
+    """What it is decides about the data, which are compared by content."""
+    at_home, elsewhere, by_name, another = (
+        some_config(tokenizer=change)
+        for change in (
+            {"path": "a.json"},
+            {"path": "b.json"},
+            {"name": "gpt2"},
+            {"name": "bert-base-uncased"},
+        )
+    )
+    check_same_config(FILE, saved_by(at_home), elsewhere)
+    check_same_config(FILE, saved_by(by_name), elsewhere)
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.name \(checkpoint: 'gpt2', now: 'bert-base-uncased'\)"
+    ):
+        check_same_config(FILE, saved_by(by_name), another)
+    with pytest.raises(
+        CheckpointError, match=r"it was tokenizer\.path='a\.json'; now it is tokenizer\.path='b\.json'"
+    ):
+        check_same_data(FILE, saved_by(at_home), elsewhere, "abd")
+
+
+def test_options_that_the_checkpoint_does_not_know_had_their_defaults() -> None:
+    saved = saved_by(some_config())
+    for key in ("model.qk_norm", "optimizer.eps", "trainer.gradient_clip_val"):
+        del saved["config"][key]
+    check_same_config(FILE, saved, some_config())
+    with pytest.raises(CheckpointError, match=r"model\.qk_norm \(checkpoint: False, now: True\)"):
+        check_same_config(FILE, saved, some_config(model={"qk_norm": True}))
+
+
 def test_checkpoint_beyond_the_last_step() -> None:
     with pytest.raises(CheckpointError, match=r"at step 7, expected at most trainer\.max_steps=6"):
         check_same_config(FILE, saved_by(some_config(), step=7), some_config())
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, read_header, map_checkpoint])
+def test_a_file_of_torchs_that_is_no_checkpoint(tmp_path: Path, read: Any) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match=r"list\.pt: got a file with a list, expected one that"):
+        read(tmp_path / "list.pt")
 
 
 def test_foreign_checkpoint() -> None:

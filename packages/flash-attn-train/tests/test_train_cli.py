@@ -18,7 +18,10 @@ from flash_attn_train.errors import ConfigError
 
 def test_experiment_model_and_keys_compose() -> None:
     config = compose_config(
-        ["experiment=smoke", "model=gpt2", "model.n_layer=3", "data.suffixes=[.txt,.md]", "optimizer=lamb"]
+        [
+            *("experiment=smoke", "model=gpt2", "model.n_layer=3", "optimizer=lamb"),
+            *("data.path=mine", "data.suffixes=[.txt,.md]"),
+        ]
     )
     assert config.output_dir == "runs/smoke"
     assert isinstance(config.model, GPTModelConfig) and isinstance(config.optimizer, LambConfig)
@@ -109,7 +112,13 @@ def test_own_groups_from_a_folder(tmp_path: Path) -> None:
         ("~model.n_layer", ["'~model.n_layer'", "expected key=value"]),
         ("model.n_layer=1,2", ["'model.n_layer=1,2'", "one value"]),
         ("quickstart", ["'quickstart'", "expected key=value"]),
-        ("generation.prompt=f(", ["'generation.prompt=f('", "Quote"]),
+        ("optimizer.lr=f(", ["'optimizer.lr=f('", "Quote"]),
+        (
+            "optimizer.overrides=[{patern: x}]",
+            ["optimizer.overrides: Key 'patern' not in 'ParameterOverride'", "--help=optimizer.overrides"],
+        ),
+        ("output_dir=${now}", ["output_dir: Interpolation key 'now' not found", "'\\${'"]),
+        ("output_dir=", ["output_dir: got ''", "expected a folder"]),
         ("--resume", ["'--resume'", "--help"]),
         ("model.dropout=2", ["model.dropout: got 2", "below 1.0"]),
     ],
@@ -119,6 +128,65 @@ def test_bad_argument_is_explained(argument: str, parts: list[str]) -> None:
         compose_config([argument])
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "~/runs/x",
+        "a,b",
+        "a(b)",
+        "x=1",
+        "my runs/x y",
+        "run #3",
+        'say "hi", {you}',
+        "C:\\x\\",
+        "[a]",
+        "~/x, 'y'",
+        "50%",
+    ],
+)
+def test_texts_need_no_quotes(text: str) -> None:
+    config = compose_config([f"output_dir={text}", f"generation.prompt={text}"])
+    assert (config.output_dir, config.generation.prompt) == (text, text)
+    if '"' not in text and not text.endswith("\\"):
+        assert compose_config([f'output_dir="{text}"']).output_dir == text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "optimizer: {lrr: 1}",
+            r"^experiment/mine\.yaml: unknown config key 'optimizer\.lrr': .*'optimizer\.lr'",
+        ),
+        ("lr: 1", r"^experiment/mine\.yaml: unknown config key 'lr': .*'optimizer\.lr'"),
+        (
+            "optimizer: {momentum: 0.5}",
+            r"optimizer\.momentum: the chosen optimizer has no such key; .* of sgd",
+        ),
+        (
+            "optimizer: {lr: fast}",
+            r"^experiment/mine\.yaml: optimizer\.lr: Value 'fast' .*; expected a number",
+        ),
+        ("model: {n_layer: 0}", r"^model\.n_layer: got 0, expected a whole number, at least 1"),
+        ("optimizer: [", r"mine\.yaml"),
+        ("defaults: [override /model: gpt2-smal]", r"Could not find 'model/gpt2-smal'"),
+    ],
+)
+def test_mistakes_in_an_experiment_of_ones_own(tmp_path: Path, content: str, message: str) -> None:
+    folder = tmp_path / "my configs, all"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
+    with pytest.raises(ConfigError, match=message):
+        compose_config([f"--config-dir={folder}", "experiment=mine"])
+
+
+def test_an_experiment_without_its_package(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("seed: 1\n")
+    with pytest.raises(ConfigError, match=r"experiment/mine\.yaml: expected '# @package _global_'"):
+        compose_config([f"--config-dir={tmp_path}", "experiment=mine"])
 
 
 def test_error_goes_to_stderr_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +229,13 @@ def test_help_on_everything_has_every_option() -> None:
         ("optimizer.momentum", ["optimizer.sgd: ", "  optimizer.momentum=0.9"], "lamb"),
         ("experiment", ["experiment: quickstart", "owt/gpt2s"], "="),
         ("seed", ["  seed=0"], "resume"),
+        (
+            "generation.prompt",
+            ["for task=language_model; for model=gpt; for generation.max_new_tokens other"],
+            "top",
+        ),
+        ("callbacks.ema.enabled", ["[true or false]"], "decay"),
+        ("callbacks.ema.decay", ["below 1.0; for callbacks.ema.enabled=true]"], "warmup"),
     ],
 )
 def test_help_on_a_section(topic: str, parts: list[str], absent: str) -> None:
@@ -187,7 +262,11 @@ def test_print_config_writes_a_config_that_composes_to_itself(capsys: pytest.Cap
     from omegaconf import OmegaConf
 
     assert main(["--print-config", "preset=smoke", "seed=3"]) == 0
-    printed = OmegaConf.create(capsys.readouterr().out)
+    text = capsys.readouterr().out
+    assert text.startswith(
+        "# task=language_model model=gpt data=text optimizer=adamw scheduler=cosine strategy=auto\n"
+    )
+    printed = OmegaConf.create(text)
     assert printed.seed == 3
     assert printed == OmegaConf.structured(compose_config(["preset=smoke", "seed=3"]))
 

@@ -84,6 +84,40 @@ def test_activation_checkpointing_may_be_true_or_false() -> None:
     assert restore_config(saved, source="old.ckpt").trainer.activation_checkpointing == "layers"
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["trainer.max_steps=-1", "trainer.max_epochs=2"], None),
+        (["trainer.max_steps=-1", "trainer.max_epochs=0.5"], None),
+        (
+            ["trainer.max_epochs=2"],
+            r"max_steps: got 20 with trainer\.max_epochs=2.*Set trainer\.max_steps=-1",
+        ),
+        (["trainer.max_steps=-1"], r"max_steps: got -1, expected a whole number, at least 1; or -1 with"),
+        (["trainer.max_steps=0"], r"max_steps: got 0, expected a whole number, at least 1"),
+        (["trainer.max_steps=-1", "trainer.max_epochs=0"], r"max_epochs: got 0.*above 0\.0"),
+        (
+            ["trainer.max_steps=-1", "trainer.max_epochs=1", "data=c4"],
+            r"max_epochs: got 1.* with data\.streaming=true",
+        ),
+    ],
+)
+def test_length_is_in_steps_or_in_epochs(keys: list[str], message: str | None) -> None:
+    if message is None:
+        compose_config(["experiment=smoke", *keys])
+        return
+    with pytest.raises(ConfigError, match=message):
+        compose_config(["experiment=smoke", *keys])
+
+
+@pytest.mark.parametrize("mode", ["debug", "profile", "smoke"])
+def test_modes_have_their_own_length(mode: str) -> None:
+    keys = ["trainer.max_steps=-1", "trainer.max_epochs=2"]
+    with pytest.raises(ConfigError, match=r"one of the two|got -1"):
+        compose_config(["experiment=smoke", f"mode={mode}", keys[0]])
+    assert compose_config(["experiment=smoke", f"mode={mode}", *keys]).trainer.max_epochs == 2
+
+
 def test_whole_number_is_a_number() -> None:
     check_config(with_value("optimizer.lr", 1))
 

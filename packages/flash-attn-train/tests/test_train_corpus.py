@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,45 @@ def test_folder_passes_over_binary_hidden_and_other_suffixes(tmp_path: Path) -> 
         "b.txt",
         "deep/er/f.txt",
     }
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    try:
+        for number in range(9):
+            (tmp_path / os.fsdecode(b"caf\xe9%d" % number)).write_text(f"text {number}\n")
+        (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"\0")
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    corpus = read_corpus(str(tmp_path))
+    assert len(corpus.train) + len(corpus.validation) == 9
+    assert len(corpus.fingerprint()) == 64
+    corpus.notes().encode()  # can be printed
+    assert corpus.notes().endswith("e.g. caf\ufffd.png")
+
+
+def test_a_file_that_changes_after_it_was_found(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(f"text {name}\n")
+    document = read_corpus(str(tmp_path)).train[0]
+    document.path.write_text("text c\n")
+    with pytest.raises(DataError, match=rf"{document.path} has changed since it was found"):
+        document.text()
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "closed/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}\n")
+    scandir: Callable[[str], Iterator[os.DirEntry[str]]] = os.scandir
+
+    def refuse(folder: str) -> Iterator[os.DirEntry[str]]:
+        if os.fspath(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"data\.path: cannot read .*closed: Permission denied"):
+        read_corpus(str(tmp_path))
 
 
 def test_standard_library() -> None:

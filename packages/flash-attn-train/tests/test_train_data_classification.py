@@ -90,6 +90,9 @@ def test_a_file_to_validate_on(tmp_path: Path) -> None:
 def test_label_order() -> None:
     assert sorted_names(["10", "9", "-1"]) == ["-1", "9", "10"]
     assert sorted_names(["10", "9", "b"]) == ["10", "9", "b"]
+    assert sorted_names(["--1", "2"]) == ["--1", "2"]
+    # Equal numbers: the order must not be that of a set, which differs between processes.
+    assert sorted_names(["1", "02", "01", "2", "0001", "001"]) == ["0001", "001", "01", "1", "02", "2"]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from flash_attn_train.configs import TrainConfig
 from flash_attn_train.configs.data import HubTextDataConfig, TokenizerConfig
-from flash_attn_train.data import prepare_data
+from flash_attn_train.data import build_data, prepare_data
 from flash_attn_train.data.hub import HubCorpus, documents
 from flash_attn_train.errors import ConfigError, DataError
 
@@ -64,6 +65,14 @@ def test_what_is_prepared_needs_no_dataset(tmp_path: Path, monkeypatch: pytest.M
         prepare_data(HubCorpus(config), TokenizerConfig(vocab_size=270), **options)  # type: ignore[arg-type]
 
 
+def test_a_cache_inside_the_folder_of_a_dataset(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "data")
+    config = HubTextDataConfig(name=str(folder), val_fraction=0.2, cache_dir=str(folder / "cache"))
+    for from_cache in (False, True):
+        data = prepare_data(HubCorpus(config), TokenizerConfig(vocab_size=270), cache_dir=config.cache_dir)
+        assert data.from_cache == from_cache
+
+
 def test_dataset_saved_to_disk(tmp_path: Path) -> None:
     data = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": f"t{n}"} for n in range(30)])})
     data.save_to_disk(tmp_path / "saved")
@@ -96,6 +105,26 @@ def test_errors(tmp_path: Path, changes: dict[str, str], message: str) -> None:
     source = HubCorpus(HubTextDataConfig(**{"name": name, **changes}))  # type: ignore[arg-type]
     with pytest.raises(DataError, match=message):
         next(source.texts("train"))
+
+
+def test_blank_lines_are_part_of_a_document_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    lines = [" = One = \n", "", " Text . \n", None, "", " = Two = \n", "", " More . \n"]
+    (tmp_path / "data/train.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    source = HubCorpus(HubTextDataConfig(name=str(tmp_path / "data"), rows="lines", val_fraction=1e-9))
+    assert list(source.texts("train")) == [" = One = \n\n Text . \n\n", " = Two = \n\n More . \n"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_field_that_is_not_text(tmp_path: Path, streaming: bool) -> None:
+    data = HubTextDataConfig(
+        name=str(write_dataset(tmp_path / "data")),
+        text_field="id",
+        streaming=streaming,
+        cache_dir=str(tmp_path),
+    )
+    with pytest.raises(DataError, match=r"field 'id' has a int, expected a text\. Set data\.text_field"):
+        build_data(TrainConfig(data=data))
 
 
 def test_name_is_needed() -> None:

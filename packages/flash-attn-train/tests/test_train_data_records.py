@@ -75,6 +75,55 @@ def test_truncated_files_are_errors(tmp_path: Path, name: str) -> None:
         list(read_records(path, ["text"]))
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl.zst", "rows.parquet"])
+def test_damage_anywhere_is_an_error_of_the_data_or_harmless(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    content = path.read_bytes()
+    errors = 0
+    for place in range(0, len(content), 1 + len(content) // 300):
+        damaged = bytearray(content)
+        damaged[place] ^= 0b100
+        path.write_bytes(damaged)
+        try:
+            list(read_records(path, ["text"]))
+        except DataError as error:
+            errors += 1
+            assert str(path) in str(error)
+    assert errors > 50
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl.zst", "rows.parquet"])
+def test_a_compressed_file_without_content_is_not_whole(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    if name.endswith(".zst"):
+        pytest.importorskip("zstandard", reason="reads .zst files")
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow.parquet", reason="reads Parquet files")
+    with pytest.raises(DataError, match=rf"cannot read .*{name}: .*Expected a whole"):
+        list(read_records(tmp_path / name, ["text"]))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.csv", "rows.tsv"])
+def test_a_byte_order_mark_is_no_content(tmp_path: Path, name: str) -> None:
+    """As Excel's "CSV UTF-8" begins."""
+    rows = '{"text": "a"}\r\n{"text": "b"}\r\n' if "jsonl" in name else "text\r\na\r\nb\r\n"
+    content = rows.encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert list(read_records(tmp_path / name, ["text"])) == [("a",), ("b",)]
+
+
+@pytest.mark.parametrize("name", ["ROWS.CSV", "rows.Tsv", "rows.JSONL.GZ", "Rows.Parquet"])
+def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    writers = {**WRITERS, "rows.tsv": lambda path: path.write_text("text\none\ntwo\n")}
+    writers[name.lower()](tmp_path / name.lower())
+    (tmp_path / name.lower()).rename(path)
+    assert isinstance(source_of(path), RecordCorpus)
+    assert len(list(read_records(path, ["text"]))) == (2 if name == "rows.Tsv" else 50)
+    assert count_records(path) == (50 if name == "Rows.Parquet" else None)
+
+
 def test_tab_separated_values_have_no_quoting(tmp_path: Path) -> None:
     path = tmp_path / "rows.tsv"
     path.write_text('sentence\tlabel\n"half a quote\t1\nplain\t0\n')
@@ -100,6 +149,8 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
         ('{"text": "a"}\n{"text": \n', r"line 2: not JSON"),
         ('{"text": "a"}\n["b"]\n', r"line 2: got list, expected an object"),
         ('{"text": null}\n', r"line 1: field 'text' is null"),
+        ('{"text": "a", "n": ' + "1" * 5000 + "}\n", r"line 1: not JSON .*4300 digits"),
+        ('{"text": "a", "n": ' + "[" * 200_000 + "\n", r"line 1: not JSON .*recursion"),
         ('{"text": "a"}\n{"txt": "b"}\n', r"line 2: no field 'text'; it has txt"),
         (b'{"text": "\xff"}\n', r"cannot read .*invalid start byte"),
     ],
@@ -159,6 +210,23 @@ def test_fingerprint_follows_what_is_read(tmp_path: Path) -> None:
     assert first.fingerprint() != source_of(tmp_path).fingerprint()
 
 
+def test_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    """As git-annex leaves for files that were not fetched."""
+    write_jsonl(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"data\.path: cannot read .*b\.jsonl: No such file"):
+        source_of(tmp_path).fingerprint()
+
+
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    try:
+        write_jsonl(tmp_path / name)
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    assert len(source_of(tmp_path).fingerprint()) == 64
+
+
 def test_a_field_that_is_not_text(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"field 'id' has a int, expected a text\. Set data\.text_field"):
@@ -171,6 +239,16 @@ def test_counts_are_known_for_parquet(tmp_path: Path) -> None:
     source = source_of(tmp_path, val_fraction=0.1)
     assert source.num_texts("train") == 90 and source.num_texts("validation") == 10
     assert source.notes() == "2 files"
+
+
+def test_broken_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchvision of another torch is."""
+    (tmp_path / "broken_library.py").write_text('raise RuntimeError("operator does not exist")\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"broken_library, .*operator does not exist.*flash-attn-train\[data\]"
+    ):
+        require("broken_library", "data", "reads it")
 
 
 def test_missing_library_names_the_extra() -> None:

@@ -200,6 +200,20 @@ def test_options_that_do_not_go_together(folder: Path, tmp_path: Path) -> None:
         build_data(config_of(folder, tmp_path, rows="lines"))
 
 
+def test_a_source_that_breaks_off_is_named_at_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def __iter__(self) -> Any:
+            yield {"text": "a document"}
+            raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr("flash_attn_train.data.streaming.load_split", lambda *args, **options: Broken())
+    for config in (config_of(folder, tmp_path), config_of(folder, tmp_path, val_split="validation")):
+        with pytest.raises(DataError, match=r"data\.name: cannot read on \(ConnectionError: reset by peer\)"):
+            build_data(config)
+
+
 def test_prefetch_passes_items_errors_and_the_end() -> None:
     assert list(prefetch(iter(range(100)), 3)) == list(range(100))
 

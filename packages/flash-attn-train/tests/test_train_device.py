@@ -9,7 +9,7 @@ import pytest
 import torch
 from flash_attn_train.configs import CosineConfig, TrainConfig, TrainerConfig
 from flash_attn_train.configs.strategy import DDPConfig, StrategyConfig, TensorParallelConfig
-from flash_attn_train.device import describe_device, resolve
+from flash_attn_train.device import describe_device, resolve, resolve_epochs
 from flash_attn_train.errors import ConfigError
 
 
@@ -34,6 +34,35 @@ def test_own_schedule_is_kept() -> None:
     )
     scheduler = resolve(config).scheduler
     assert (scheduler.warmup_steps, scheduler.decay_steps) == (0, 900)
+
+
+def test_epochs_are_as_many_steps_as_their_samples_take() -> None:
+    def steps(max_epochs: float, num_samples: int, **trainer: Any) -> tuple[int, int | None, int | None]:
+        settings = {
+            "accelerator": "cpu",
+            "max_steps": -1,
+            "max_epochs": max_epochs,
+            "batch_size": 4,
+            **trainer,
+        }
+        config = resolve(TrainConfig(trainer=TrainerConfig(**settings), strategy=DDPConfig()))
+        assert (config.scheduler.warmup_steps, config.scheduler.decay_steps) == (None, None)
+        now = resolve_epochs(config, num_samples)
+        assert now.trainer.max_epochs is None and resolve(now) == now
+        return now.trainer.max_steps, now.scheduler.warmup_steps, now.scheduler.decay_steps
+
+    assert steps(2, 100) == (50, 5, 50)
+    assert steps(1, 101) == (26, 2, 26)  # every sample is seen
+    assert steps(0.5, 100) == (13, 1, 13)
+    assert steps(2, 100, devices=2, global_batch_size=40) == (5, 0, 5)
+
+
+def test_a_schedule_of_its_own_must_fit_into_the_epochs() -> None:
+    trainer = TrainerConfig(accelerator="cpu", max_steps=-1, max_epochs=1.0, batch_size=10)
+    config = resolve(TrainConfig(trainer=trainer, scheduler=CosineConfig(warmup_steps=7)))
+    assert resolve_epochs(config, 100).scheduler.warmup_steps == 7
+    with pytest.raises(ConfigError, match=r"scheduler\.warmup_steps: got 7, expected at most 5"):
+        resolve_epochs(config, 50)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from flash_attn_models import save_pretrained
 from flash_attn_train.checkpoints import read_checkpoint
+from flash_attn_train.cli import compose_config
 from flash_attn_train.configs import BertModelConfig, CallbacksConfig, MaskedLMConfig, TrainConfig
 from flash_attn_train.configs.callbacks import EMAConfig
 from flash_attn_train.configs.checks import flatten
@@ -119,6 +120,36 @@ def test_damaged_checkpoint(run: RunResult) -> None:
         evaluate(str(run.folder))
 
 
+def test_the_tokenizer_is_the_runs_wherever_it_came_from(
+    small_config: Callable[..., TrainConfig], run: RunResult, tmp_path: Path
+) -> None:
+    file = shutil.copy(run.folder / "tokenizer.json", tmp_path / "mine.json")
+    second = train(small_config(tokenizer={"path": str(file)}, trainer={"val_sequences": 5}))
+    file.rename(tmp_path / "moved.json")
+    for overrides in ([], [f"tokenizer.path={tmp_path / 'moved.json'}"]):
+        result = evaluate(str(second.folder), ["trainer.val_sequences=5", *overrides])
+        assert result["metrics"]["loss"] == pytest.approx(second.last_val_loss, rel=1e-6)
+    assert restore(str(second.folder), ["tokenizer.name=gpt2"]).config.tokenizer.path is None
+
+
+def test_a_moved_checkpoint_is_not_measured_in_other_tokens(
+    run: RunResult, other_corpus: Path, tmp_path: Path
+) -> None:
+    """Its tokenizer stayed in the run folder: on the same data the same one is trained again, elsewhere another."""
+    moved = run.last_checkpoint.rename(tmp_path / "moved.ckpt")
+    result = evaluate(str(moved), ["trainer.val_sequences=5"])
+    assert result["metrics"]["loss"] == pytest.approx(run.last_val_loss, rel=1e-6)
+    other = [f"data.path={other_corpus}", "data.val_fraction=0.3", f"data.cache_dir={tmp_path / 'cache'}"]
+    with pytest.raises(ConfigError, match=r"the model has another, .*tokenizer\.path=TOKENIZER_JSON"):
+        evaluate(str(moved), other)
+    evaluate(str(moved), [*other, f"tokenizer.path={run.folder / 'tokenizer.json'}"])
+
+
+def test_one_device(run: RunResult) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.devices: got 2, expected 1"):
+        evaluate(str(run.folder), ["trainer.devices=2"])
+
+
 def test_a_checkpoint_without_config_takes_it_from_overrides(run: RunResult, tmp_path: Path) -> None:
     """As Lightning writes it for any module with an attribute ``model``."""
     whole = read_checkpoint(run.last_checkpoint)
@@ -171,8 +202,6 @@ def test_masked_lm_and_a_tokenizer_that_does_not_fit(
 
 def test_vision_transformer(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="has the digits: pip install flash-attn-train[images]")
-    from flash_attn_train.cli import compose_config
-
     overrides = ["experiment=digits", "trainer.max_steps=2", "trainer.val_every_n_steps=2"]
     config = compose_config([*overrides, "checkpoint.every_n_steps=2", f"output_dir={tmp_path / 'run'}"])
     run = train(dataclasses.replace(config, logger=dataclasses.replace(config.logger, tensorboard=False)))
@@ -182,6 +211,34 @@ def test_vision_transformer(tmp_path: Path) -> None:
     save_pretrained(restore(str(run.folder)).model, tmp_path / "hf")
     again = evaluate(str(tmp_path / "hf"), ["data=digits"])
     assert again["metrics"]["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-5)
+
+
+def test_classes_of_other_names_are_refused(tmp_path: Path) -> None:
+    """As many, but numbered otherwise: an accuracy would mean nothing."""
+
+    def write(name: str, labels: tuple[str, ...]) -> str:
+        rows = [
+            {"text": f"text {label} {number}", "label": label} for number in range(20) for label in labels
+        ]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        return f"data.path={tmp_path / name}"
+
+    run = train(
+        compose_config(
+            [
+                *("experiment=none", "task=sequence_classification", "model=bert", "data=labelled_text"),
+                *("model.max_seqlen=8", "model.n_layer=1", "model.n_head=2", "model.d_model=16"),
+                *(write("rows.jsonl", ("bad", "good")), "data.val_fraction=0.4", "tokenizer.vocab_size=300"),
+                *("trainer.max_steps=1", "logger.tensorboard=false", f"output_dir={tmp_path / 'run'}"),
+            ]
+        )
+    )
+    same = evaluate(str(run.folder), [write("same.jsonl", ("good", "bad"))])
+    assert same["metrics"]["accuracy"] >= 0
+    with pytest.raises(
+        ConfigError, match=r"data: got classes of other names .* 'good' in place of 'bad' \(2 of 2"
+    ):
+        evaluate(str(run.folder), [write("other.jsonl", ("good", "worse"))])
 
 
 def test_restored_config_is_the_saved_one_but_for_overrides(small_config: Callable[..., TrainConfig]) -> None:

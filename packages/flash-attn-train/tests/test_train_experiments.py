@@ -43,7 +43,23 @@ def expected_experiments() -> set[str]:
         "llama/llama-7b",
     }
     others = {"bert/base", "bert/large", "imagenet/vit-tiny", "imagenet/vit-small", "imagenet/vit-base"}
-    return {*owt, *pile, *wide, *llama, *others, "quickstart", "smoke", "digits", "stdlib-bert", "none"}
+    short = {
+        f"pile/gpt3{name}" for name in ("s-flash-rotary-30B", "m-flash-rotary-30B", "l-flash-rotary-30B")
+    }
+    short |= {"pile/gpt3xl-flash-rotary-60B", "pile/gpt3-2.7B-hf-hdim128"}
+    return {
+        *owt,
+        *pile,
+        *wide,
+        *short,
+        *llama,
+        *others,
+        "quickstart",
+        "smoke",
+        "digits",
+        "stdlib-bert",
+        "none",
+    }
 
 
 def test_the_experiments_are_there() -> None:
@@ -67,6 +83,15 @@ def test_composes(name: str) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(1))]
     optimizer = torch.optim.SGD(parameters, lr=config.optimizer.lr)
     build_scheduler(config.scheduler, optimizer, trainer.max_steps)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("s-flash-rotary-30B", 30), ("xl-flash-rotary-60B", 60)])
+def test_shorter_runs_see_as_many_tokens_as_they_say(name: str, tokens: int) -> None:
+    config = compose_config(f"experiment=pile/gpt3{name}")
+    assert config.trainer.global_batch_size is not None and isinstance(config.model, GPTModelConfig)
+    samples = config.trainer.max_steps * config.trainer.global_batch_size
+    assert samples * config.model.max_seqlen == pytest.approx(tokens * 1e9, rel=0.06)
+    assert config.scheduler.decay_steps == config.trainer.max_steps
 
 
 @pytest.mark.parametrize("mode", entries("mode"))

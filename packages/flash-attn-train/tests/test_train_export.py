@@ -131,10 +131,18 @@ def test_bert_with_classes(tmp_path: Path, transformers: Any) -> None:
         torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert theirs.config.id2label == {0: "bad", 1: "good", 2: "new"}
     assert theirs.config.label2id == {"bad": 0, "good": 1, "new": 2}
-    # A checkpoint by itself has no names.
+    # A checkpoint keeps the names where it is without its folder.
     moved = tmp_path / "moved.ckpt"
     run.last_checkpoint.rename(moved)
-    folder = export(str(moved), tmp_path / "unnamed", tokenizer=run.folder / "tokenizer.json")
+    folder = export(str(moved), tmp_path / "named", tokenizer=run.folder / "tokenizer.json")
+    assert json.loads((folder / "config.json").read_text())["id2label"]["2"] == "new"
+    # One that was written without them has those of its folder, or none.
+    checkpoint = read_checkpoint(moved)
+    del checkpoint["label_names"]
+    torch.save(checkpoint, run.last_checkpoint)
+    assert restore(str(run.folder)).label_names == ["bad", "good", "new"]
+    (run.folder / "labels.json").unlink()
+    folder = export(str(run.folder), tmp_path / "unnamed")
     assert json.loads((folder / "config.json").read_text())["id2label"]["2"] == "LABEL_2"
 
 
@@ -178,8 +186,11 @@ def test_command(
     place = tmp_path / "deep" / "hf"
     place.mkdir(parents=True)
     assert main([str(run.best_checkpoint), str(place), "--tokenizer", str(tmp_path / "mine.json")]) == 0
-    assert "model.safetensors" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "model.safetensors" in printed and "no tokenizer" not in printed
     assert (place / "tokenizer.json").read_bytes() == (tmp_path / "mine.json").read_bytes()
     assert list(place.parent.iterdir()) == [place]
+    assert main([str(run.folder), str(tmp_path / "bare")]) == 0
+    assert "It has no tokenizer" in capsys.readouterr().out
     assert main([str(run.folder), str(tmp_path / "other"), "--tokenizer", "/nowhere.json"]) == 2
     assert "is not a readable tokenizer file" in capsys.readouterr().err

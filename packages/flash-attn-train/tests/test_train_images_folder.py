@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,18 @@ def test_the_key_follows_names_of_files_and_classes_and_augmentation(folder: Pat
     assert data_of(folder, "data.hflip=0.0").key != key
     (folder / "train" / "bee" / "0.png").rename(folder / "train" / "bee" / "9.png")
     assert data_of(folder).key != key
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    try:
+        for split in ("train", "val"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (20, 20)).save(tmp_path / split / name / f"{name}.png")
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    images = data_of(tmp_path).train_samples.batch(np.zeros(2, np.int64))["images"]  # type: ignore[union-attr]
+    assert images.shape == (2, 3, 16, 16)
 
 
 def test_a_sample_depends_on_seed_and_number_alone(folder: Path) -> None:
@@ -226,6 +239,19 @@ def test_training_crops_are_within_their_limits() -> None:
         50,
         40,
     )
+
+
+def test_shapes_of_training_crops_are_as_often_wide_as_high() -> None:
+    config = ImageFolderDataConfig(scale=[0.01, 0.03], ratio=[0.25, 4.0])
+    transform = CropAndFlip(config, image_size=8, channels=3)
+    boxes = [transform._box((1000, 1000), np.random.default_rng(seed)) for seed in range(1000)]
+    left, top, right, bottom = np.array(boxes).T
+    width, height = right - left, bottom - top
+    # Uniform in the logarithm of the ratio, and in the area.
+    assert abs(np.log(width / height).mean()) < 5 * np.log(4.0) / 3**0.5 / 1000**0.5
+    assert abs((width * height).mean() - 0.02e6) < 5 * 0.01e6 / 3**0.5 / 1000**0.5 + 500
+    for middle in ((left + right) / 2, (top + bottom) / 2):
+        assert abs(middle.mean() - 500) < 5 * 300 / 1000**0.5
 
 
 def test_what_needs_timm_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,10 +90,10 @@ def split(lengths: list[int]) -> SplitTokens:
 
 
 def test_segments_are_the_documents_in_even_parts() -> None:
-    lengths = [5, 0, 6, 13, 1]
+    lengths = [5, 0, 6, 13, 1, 17]
     segments = Segments(split(lengths), 6)
     parts = [segments.read(number) for number in range(len(segments))]
-    assert [len(part) for part in parts] == [5, 6, 4, 4, 5, 1]
+    assert [len(part) for part in parts] == [5, 6, 4, 4, 5, 1, 5, 6, 6]
     assert np.concatenate(parts).tolist() == list(range(10, 10 + sum(lengths)))
 
 

@@ -43,6 +43,25 @@ def test_ignored_targets_and_batches_of_other_sizes_count_as_they_are() -> None:
     torch.testing.assert_close(perplexity.compute(), expected.exp(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", [Loss, Perplexity])
+def test_sums_are_exact_whatever_the_task_is_converted_to(dtype: torch.dtype, kind: type[Loss]) -> None:
+    """As Lightning's bf16-true converts it: a sum of 8 bits would soon no longer grow."""
+    metrics = torch.nn.ModuleDict({"metric": kind()})
+    losses = torch.linspace(2.0, 3.0, 700)
+    metric: Loss = metrics["metric"]  # type: ignore[assignment]
+    for number, loss in enumerate(losses):
+        if number in (0, 350):
+            metrics.to(dtype)
+        metric.update(Output(loss, torch.tensor(64), None, torch.zeros(64)))
+    expected = losses.double().mean()
+    torch.testing.assert_close(
+        metric.compute(), expected if kind is Loss else expected.exp(), rtol=1e-9, atol=0
+    )
+    metric.reset()
+    assert metric.loss_sum.dtype == torch.float64 and metric.loss_sum == 0
+
+
 def test_perplexity_stays_finite() -> None:
     metric = Perplexity()
     metric.update(Output(torch.tensor(5000.0), torch.tensor(3), None, torch.zeros(3)))

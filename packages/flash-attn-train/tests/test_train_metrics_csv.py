@@ -32,6 +32,19 @@ def test_resuming_keeps_rows_up_to_the_checkpoint(tmp_path: Path) -> None:
     assert file.read_text().splitlines() == [*before[:4], "4,40.0,"]
 
 
+@pytest.mark.parametrize("tail", [b"\0\0\0\0", b"3,\0\0\n\0\0\n"])
+def test_zeros_that_a_power_cut_leaves_at_the_end(tmp_path: Path, tail: bytes) -> None:
+    file = tmp_path / "metrics.csv"
+    log = MetricsCSV(file, COLUMNS)
+    for step in (1, 2):
+        log.log_metrics({"loss": float(step)}, step=step)
+    with open(file, "ab") as unwritten:
+        unwritten.write(tail)
+    assert [row["step"] for row in read_metrics(file)] == [1, 2]
+    MetricsCSV(file, COLUMNS, resume_step=2).log_metrics({"loss": 3.0}, step=3)
+    assert [row["loss"] for row in read_metrics(file)] == [1, 2, 3]
+
+
 def test_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     file = tmp_path / "metrics.csv"
     MetricsCSV(file, COLUMNS).log_metrics({"loss": 1.0}, step=1)

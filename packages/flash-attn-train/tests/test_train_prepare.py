@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -9,23 +10,28 @@ import multiprocessing
 import os
 import shutil
 import socket
-import time
 from collections.abc import Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import BinaryIO
 
+import flash_attn_train.data.entry
 import flash_attn_train.data.prepare
 import flash_attn_train.data.tokens
 import flash_attn_train.data.verified
 import numpy as np
 import pytest
+from flash_attn_train.atomic import atomic_write
 from flash_attn_train.configs.data import TokenizerConfig
 from flash_attn_train.data import Corpus, PreparedData, prepare_data, read_corpus
 from flash_attn_train.data.encode import encode_documents
-from flash_attn_train.data.entry import verify_entry
+from flash_attn_train.data.entry import read_entry, verify_entry
+from flash_attn_train.data.prepare import cached_tokenizer
+from flash_attn_train.data.record_corpus import RecordCorpus
 from flash_attn_train.data.special_tokens import END_OF_TEXT
 from flash_attn_train.data.tokenizer import train_tokenizer
 from flash_attn_train.errors import ConfigError, DataError
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 TOKENIZER = TokenizerConfig(vocab_size=300)
 FILES = (
@@ -134,6 +140,39 @@ def test_damaged_entry_is_an_error_that_names_the_file(corpus: Corpus, tmp_path:
     assert str(file) in str(error.value) and "Delete the folder" in str(error.value)
 
 
+def test_no_byte_of_the_facts_can_change_unnoticed(corpus: Corpus, tmp_path: Path) -> None:
+    data = prepare(corpus, tmp_path)
+    entry = data.tokenizer_file.parent
+    content = (entry / "entry.json").read_bytes()
+    facts = read_entry(entry)
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        (entry / "entry.json").write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            found = read_entry(entry)  # white space, or the name of the checksum itself
+            assert {name: found[name] for name in facts} == facts
+
+
+def test_an_entry_of_before_facts_had_a_checksum_is_taken(corpus: Corpus, tmp_path: Path) -> None:
+    data = prepare(corpus, tmp_path)
+    file = data.tokenizer_file.with_name("entry.json")
+    facts = json.loads(file.read_bytes())
+    del facts["facts_sha256"]
+    file.write_text(json.dumps(facts))
+    assert prepare(corpus, tmp_path).key == data.key
+    del facts["splits"]
+    file.write_text(json.dumps(facts))
+    with pytest.raises(DataError, match=r"entry\.json .*'splits'.*Delete the folder"):
+        prepare(corpus, tmp_path)
+
+
+def test_an_entry_is_readable_by_whoever_may_read_new_folders(corpus: Corpus, tmp_path: Path) -> None:
+    entry = prepare(corpus, tmp_path).tokenizer_file.parent
+    (tmp_path / "new").mkdir()
+    assert entry.stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_a_whole_file_of_another_build_is_found(corpus: Corpus, tmp_path: Path) -> None:
     one, other = prepare(corpus, tmp_path), prepare(corpus, tmp_path, vocab_size=280)
     name = "train-00000.bin"
@@ -198,43 +237,53 @@ def test_what_a_killed_build_left_is_removed(corpus: Corpus, tmp_path: Path) -> 
     assert sorted(entries(tmp_path)) == [entry, of_another_machine]
 
 
-def _prepare_slowly(folder: str, cache: str, seconds: float, results: multiprocessing.Queue) -> None:
+def _prepare_with_a_pause(
+    folder: str, cache: str, in_pause: Event, go_on: Event, results: multiprocessing.Queue
+) -> None:
     original = flash_attn_train.data.prepare.write_shards
 
-    def slow(*args: object, **options: object) -> list[str]:
-        time.sleep(seconds)
+    def pausing(*args: object, **options: object) -> list[str]:
+        in_pause.set()
+        assert go_on.wait(timeout=200)
         return original(*args, **options)  # type: ignore[arg-type]
 
-    flash_attn_train.data.prepare.write_shards = slow
+    flash_attn_train.data.prepare.write_shards = pausing
     data = prepare(read_corpus(folder, val_fraction=0.2), Path(cache))
     results.put((data.key, len(entries(Path(cache)))))
 
 
 def test_one_process_builds_and_the_other_waits(
-    corpus: Corpus, corpus_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    corpus: Corpus, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    other = context.Process(target=_prepare_slowly, args=(str(corpus_folder), str(tmp_path), 0.5, results))
+    results, in_pause, go_on = context.Queue(), context.Event(), context.Event()
+    arguments = (str(corpus_folder), str(tmp_path), in_pause, go_on, results)
+    other = context.Process(target=_prepare_with_a_pause, args=arguments)
     other.start()
-    while not list(tmp_path.glob("*.tmp")):
-        time.sleep(0.01)
+    assert in_pause.wait(timeout=200)
+    said: list[str] = []
+
+    def say(text: str) -> None:  # when this process is going to wait
+        said.append(text)
+        go_on.set()
+
+    monkeypatch.setattr("flash_attn_train.data.cache_lock.say", say)
     data = prepare(corpus, tmp_path)
-    assert "another process prepares the same data" in capsys.readouterr().out
-    assert results.get(timeout=30) == (data.key, 1)
+    assert len(said) == 1 and "another process prepares the same data" in said[0]
+    assert results.get(timeout=200) == (data.key, 1)
     other.join()
 
 
 def test_a_build_that_is_killed_blocks_nobody(corpus: Corpus, corpus_folder: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    other = context.Process(
-        target=_prepare_slowly, args=(str(corpus_folder), str(tmp_path), 60, context.Queue())
-    )
+    in_pause = context.Event()
+    arguments = (str(corpus_folder), str(tmp_path), in_pause, context.Event(), context.Queue())
+    other = context.Process(target=_prepare_with_a_pause, args=arguments)
     other.start()
-    while not list(tmp_path.glob("*.tmp/tokenizer.json")):
-        time.sleep(0.01)
+    assert in_pause.wait(timeout=200)
     other.kill()
     other.join()
+    assert len(list(tmp_path.glob("*.tmp/tokenizer.json"))) == 1
     data = prepare(corpus, tmp_path)
     assert not data.from_cache and entries(tmp_path) == [data.tokenizer_file.parent]
 
@@ -257,6 +306,97 @@ def test_disk_full(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ):
         prepare(corpus, tmp_path)
     assert entries(tmp_path) == []
+
+
+def test_disk_full_at_the_tokenizer_of_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> contextlib.AbstractContextManager[BinaryIO]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(flash_attn_train.data.prepare, "atomic_write", full)
+    with pytest.raises(DataError, match=r"data\.cache_dir: the disk of .* is full"):
+        cached_tokenizer(TOKENIZER, lambda: iter(["some text"]), tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "entry.json"])
+def test_disk_full_at_a_small_file(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full(path: Path) -> contextlib.AbstractContextManager[BinaryIO]:
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return atomic_write(path)
+
+    for module in (flash_attn_train.data.prepare, flash_attn_train.data.entry):
+        monkeypatch.setattr(module, "atomic_write", full)
+    with pytest.raises(DataError, match=r"data\.cache_dir: the disk of .* is full"):
+        prepare(corpus, tmp_path)
+    assert entries(tmp_path) == []
+
+
+def test_a_source_that_grows_while_it_is_read(tmp_path: Path) -> None:
+    """As a download does."""
+    rows = "".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(90))
+    (tmp_path / "a.jsonl").write_text(rows)
+
+    class Growing(RecordCorpus):
+        def texts(self, split: str) -> Iterator[str]:
+            yield from super().texts(split)
+            with open(self.files[0], "a") as file:
+                file.write('{"text": "more"}\n')
+
+    source = Growing("rows", tmp_path, (tmp_path / "a.jsonl",), val_fraction=0.3)
+    with pytest.raises(DataError, match="rows has changed while it was read"):
+        prepare_data(source, TOKENIZER, cache_dir=str(tmp_path / "cache"))
+    assert entries(tmp_path / "cache") == []
+
+
+def test_token_ids_with_gaps(corpus: Corpus, tmp_path: Path) -> None:
+    """The largest id decides about bytes per token and the size of the model, not the number of tokens."""
+    vocabulary = {END_OF_TEXT: 0, "[UNK]": 1, "the": 2, "cat": 70_000}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "gaps.json"))
+    data = prepare(corpus, tmp_path / "cache", path=str(tmp_path / "gaps.json"))
+    assert data.vocab_size == 70_001
+    assert set(np.unique(np.asarray(data.train))) == {0, 1, 2, 70_000}
+
+
+def test_tokens_that_do_not_fit_their_file(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(flash_attn_train.data.prepare, "token_dtype", lambda vocab_size: np.dtype("<u4"))
+        prepare(corpus, tmp_path)
+    monkeypatch.setattr(flash_attn_train.data.prepare, "vocab_size_of", lambda tokenizer: 70_000)
+    assert len(prepare(corpus, tmp_path).train)  # wide enough
+    shutil.rmtree(next(entry for entry in entries(tmp_path)))
+    with monkeypatch.context() as patch:
+        patch.setattr(flash_attn_train.data.prepare, "token_dtype", lambda vocab_size: np.dtype("<u2"))
+        prepare(corpus, tmp_path)
+    with pytest.raises(DataError, match=r"train-00000\.bin has 2 bytes per token.*vocabulary of 70,000"):
+        prepare(corpus, tmp_path)
+
+
+def test_verification_of_a_cache_that_cannot_be_written(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash_attn_train.data.verified, "ALWAYS_BYTES", 0)
+    entry = prepare(corpus, tmp_path).tokenizer_file.parent
+    file = entry / "train-00000.bin"
+    status, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(DataError, match="does not match its checksum"):
+        verify_entry(entry)
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert verify_entry(entry) > len(content)
 
 
 def test_corpus_shorter_than_a_context(corpus: Corpus, tmp_path: Path) -> None:
@@ -317,6 +457,12 @@ def test_groups_do_not_change_the_tokens(tokenizer: Tokenizer, group_characters:
     tokens = np.concatenate([group.tokens for group in groups])
     assert tokens.tolist() == [token for text in texts for token in [*tokenizer.encode(text).ids, 0]]
     assert sum(len(group.ends) for group in groups) == len(texts)
+
+
+def test_a_tokenizer_that_does_not_know_all_text() -> None:
+    partial = Tokenizer(models.WordLevel({END_OF_TEXT: 0, "a": 1}, unk_token="[UNK]"))
+    with pytest.raises(DataError, match=r"tokenizer: .*Missing \[UNK\] token.*expected one that encodes any"):
+        list(encode_documents(partial, ["b"], 0))
 
 
 def test_reading_stops_with_an_error_of_the_source(tokenizer: Tokenizer) -> None:

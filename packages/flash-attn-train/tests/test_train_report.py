@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import matplotlib.image
 import pytest
 from flash_attn_train.config_changes import config_changes
 from flash_attn_train.configs import TrainConfig
 from flash_attn_train.report import main, write_report
-from flash_attn_train.summary import RunResult
+from flash_attn_train.run_folder import RunFolder
+from flash_attn_train.summary import RunResult, result_of
 from omegaconf import OmegaConf
 
 MODEL = {
@@ -99,6 +103,23 @@ def test_report_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "expected the folder of a run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("file", "content"), [("config.yaml", "a: ["), ("config.yaml", "[]"), ("manifest.json", "{")]
+)
+def test_report_of_damaged_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: str
+) -> None:
+    for name, text in (
+        ("config.yaml", "seed: 0"),
+        ("manifest.json", '{"sessions": []}'),
+        ("metrics.csv", "step\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    (tmp_path / file).write_text(content)
+    assert main([str(tmp_path)]) == 2
+    assert f"{tmp_path / file}" in capsys.readouterr().err
+
+
 def test_changes_are_against_the_chosen_variant() -> None:
     from flash_attn_train.configs.model import BertModelConfig
 
@@ -106,6 +127,14 @@ def test_changes_are_against_the_chosen_variant() -> None:
     assert config_changes(saved) == {"model.d_model": (64, 768)}
     saved["model"]["gone"] = 1
     assert config_changes(saved)["model.gone"] == (1, None)
+
+
+def test_result_on_a_machine_without_the_folder(tmp_path: Path) -> None:
+    """As ranks of other machines have it."""
+    metrics: Any = SimpleNamespace(tokens=5, samples=1, seconds=2.0)
+    result = result_of(RunFolder(tmp_path / "run"), metrics)
+    assert result.tokens == 5 and result.last_val == {} and math.isnan(result.last_val_loss)
+    assert "validation loss  not measured here" in str(result)
 
 
 def test_closing_lines() -> None:

@@ -109,6 +109,41 @@ def test_resuming_from_every_checkpoint_equals_not_stopping(
         assert_same_state(snapshot / "checkpoints/best.ckpt", whole / "checkpoints/best.ckpt")
 
 
+@pytest.mark.parametrize(("before", "after"), [((8, 1), (2, 4)), ((2, 4), (4, 2))])
+def test_steps_of_another_number_of_forward_passes(
+    small_config: Callable[..., TrainConfig], tmp_path: Path, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    """As another number of devices makes them: a step goes on with the same samples, and validations stay in place."""
+
+    def config_of(folder: Path, batch_size: int, accumulate: int) -> TrainConfig:
+        steps = {"max_steps": 5, "val_every_n_steps": 2}
+        config = small_config(
+            trainer={"batch_size": batch_size, "accumulate_grad_batches": accumulate, **steps},
+            checkpoint={"keep_every_n_steps": 1},
+        )
+        config.output_dir = str(folder)
+        return config
+
+    whole = tmp_path / "whole"
+    train(config_of(whole, *before))
+    expected = computed_rows(whole)
+    assert [row["step"] for row in expected if "val/loss" in row] == [0, 2, 4, 5]
+    for step in (1, 2):  # without and with a validation after the step
+        resumed = tmp_path / f"resumed{step}"
+        shutil.copytree(whole, resumed)
+        (resumed / "checkpoints/last.ckpt").unlink()
+        (resumed / f"checkpoints/step-{step}.ckpt").rename(resumed / "checkpoints/last.ckpt")
+        config = config_of(resumed, *after)
+        config.resume = "true"
+        train(config)
+        rows = computed_rows(resumed)
+        assert [(row["step"], "val/loss" in row) for row in rows] == [
+            (row["step"], "val/loss" in row) for row in expected
+        ]
+        for row, other in zip(rows, expected, strict=True):
+            assert row == pytest.approx(other, rel=1e-3), step
+
+
 KILLED_RUN = [
     *("model.dropout=0.2", "model.max_seqlen=16", "model.n_layer=1", "model.n_head=2", "model.d_model=16"),
     *("trainer.max_steps=60", "trainer.val_every_n_steps=7", "trainer.val_sequences=8"),

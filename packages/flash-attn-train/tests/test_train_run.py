@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,8 +28,10 @@ from flash_attn_train.configs.callbacks import CausalityConfig
 from flash_attn_train.configs.logger import WandbConfig
 from flash_attn_train.configs.optimizer import ParameterOverride, SGDConfig
 from flash_attn_train.configs.scheduler import MultiStepConfig, WSDConfig
+from flash_attn_train.data import build_data
 from flash_attn_train.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingError
 from flash_attn_train.loggers import read_metrics
+from flash_attn_train.preflight import check_run
 from flash_attn_train.run import train
 from flash_attn_train.tasks import Task
 from omegaconf import OmegaConf
@@ -81,7 +85,12 @@ def test_run_writes_everything_and_says_so(
     assert (result.folder / "sample.txt").read_text() == result.sample
     saved = OmegaConf.load(result.folder / "config.yaml")
     assert saved.trainer.precision == "32-true" and saved.scheduler.decay_steps == 8  # resolved
-    assert json.loads((result.folder / "manifest.json").read_text())["sessions"][0]["first_step"] == 0
+    session = json.loads((result.folder / "manifest.json").read_text())["sessions"][0]
+    assert session["first_step"] == 0
+    # The keys of a schedule do not say which one it is.
+    groups = "task=language_model model=gpt data=text optimizer=adamw scheduler=cosine strategy=single"
+    assert session["groups"] == groups and groups in result.report.read_text()
+    assert (result.folder / "config.yaml").read_text().startswith(f"# {groups}\n")
     assert read_checkpoint(result.best_checkpoint)["global_step"] in (3, 6, 8)
 
 
@@ -137,6 +146,37 @@ def test_longer_run_with_the_schedule_kept(small_config: Callable[..., TrainConf
     result = train(longer)
     steps = [row["step"] for row in read_metrics(result.folder / "metrics.csv") if "train/loss" in row]
     assert steps == list(range(1, 10))
+
+
+def test_epochs(small_config: Callable[..., TrainConfig]) -> None:
+    config = small_config(trainer={"max_steps": -1, "max_epochs": 0.05})
+    result = train(config)
+    header = read_checkpoint(result.last_checkpoint)
+    steps = header["global_step"]
+    samples = len(build_data(config).train_samples)  # type: ignore[arg-type]
+    assert steps == math.ceil(0.05 * samples / 4) > 1
+    assert (header["config"]["trainer.max_steps"], header["config"]["trainer.max_epochs"]) == (steps, None)
+    assert header["config"]["scheduler.decay_steps"] == steps
+    # It resumes as it was given, and what differs is still found.
+    config.resume = "true"
+    assert train(config).last_val == result.last_val
+    with pytest.raises(CheckpointError, match=r"scheduler\.decay_steps \(checkpoint"):
+        train(small_config(trainer={"max_steps": -1, "max_epochs": 0.1}, resume="true"))
+
+
+@pytest.mark.parametrize(
+    ("profiler", "files", "part"),
+    [
+        ("simple", "fit-profile.txt", "training_step"),
+        ("advanced", "fit-profile.txt", "training_step"),
+        ("pytorch", "fit-*training_step*.json", "aten::"),
+    ],
+)
+def test_profiler(small_config: Callable[..., TrainConfig], profiler: str, files: str, part: str) -> None:
+    trainer = {"profiler": profiler, "max_steps": 16, "val_every_n_steps": 8}
+    folder = train(small_config(trainer=trainer)).folder / "profiler"
+    found = list(folder.glob(files))
+    assert 1 <= len(found) <= 2 and part in found[0].read_text()  # not one for every few steps
 
 
 def test_second_run_goes_to_its_own_folder(small_config: Callable[..., TrainConfig]) -> None:
@@ -227,6 +267,67 @@ def test_weights_that_do_not_fit_leave_no_folder(
     assert not Path(config.output_dir).exists()
     config.model = dataclasses.replace(config.model, d_model=32)
     assert train(config).last_checkpoint.exists()
+
+
+def test_nothing_left_to_train_and_no_records(
+    small_config: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of the last step, brought from elsewhere."""
+    first = train(small_config(output_dir=str(tmp_path / "first")))
+    loose = first.last_checkpoint.rename(tmp_path / "loose.ckpt")
+    result = train(small_config(resume=str(loose)))
+    assert math.isnan(result.first_val_loss) and math.isnan(result.last_val_loss) and result.tokens == 0
+    assert "validation loss  not measured here" in capsys.readouterr().out and result.report.exists()
+
+
+def test_a_folder_is_for_one_run_at_a_time(
+    small_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flash_attn_train.folder_lock._PATIENCE_S", 0.0)
+    caught = []
+
+    def start_another(task: Task) -> None:
+        with pytest.raises(OutputError, match=r"another run is writing into .*set output_dir") as error:
+            train(small_config(resume=str(folder / "checkpoints/last.ckpt")))
+        caught.append(error)
+
+    watch(monkeypatch, AtStep(4, start_another))
+    config = small_config()
+    folder = Path(config.output_dir)
+    result = train(config)
+    assert len(caught) == 1
+    steps = [row["step"] for row in read_metrics(folder / "metrics.csv") if "train/loss" in row]
+    assert steps == list(range(1, 7))
+    # The lock is gone with the run.
+    assert train(small_config(resume="true")).folder == result.folder
+
+
+def test_two_runs_that_begin_at_once(
+    small_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both saw that the folder was free: the second one writes nothing into the first one's."""
+    config = small_config()
+
+    def be_second(*arguments: Any) -> None:
+        monkeypatch.undo()
+        train(config)
+        check_run(*arguments)
+
+    monkeypatch.setattr("flash_attn_train.run.check_run", be_second)
+    with pytest.raises(OutputError, match="another run has begun in"):
+        train(config)
+    assert len(json.loads((Path(config.output_dir) / "manifest.json").read_text())["sessions"]) == 1
+
+
+def test_full_disk_at_the_start(
+    small_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("flash_attn_train.run.write_manifest", full)
+    with pytest.raises(OutputError, match=r"output_dir: cannot write .*No space left on device"):
+        train(small_config())
 
 
 def test_truncated_checkpoint_is_not_resumed_from(small_config: Callable[..., TrainConfig]) -> None:

@@ -72,6 +72,16 @@ def test_path_of_a_checkpoint_or_run_folder(tmp_path: Path) -> None:
         choose(base, str(tmp_path))
 
 
+def test_checkpoint_that_is_a_folder(tmp_path: Path) -> None:
+    """As ranks write it together: resumed from like a file, by whatever name."""
+    run = make_run(tmp_path / "run", with_checkpoint=True)
+    base = tmp_path / "new"
+    for place in (run.path / "checkpoints" / "step-4.ckpt", tmp_path / "copy"):
+        (place / "tensors").mkdir(parents=True)
+        (place / "manifest.json").write_text("{}")
+        assert choose(base, str(place)) == (run.path if place.suffix else base, place)
+
+
 def test_name_that_cannot_be_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_config(RunFolder(tmp_path), TrainConfig())
@@ -100,3 +110,12 @@ def test_manifest_grows_with_each_session(tmp_path: Path) -> None:
     assert [session["first_step"] for session in sessions] == [0, 40]
     assert sessions[0]["versions"]["flash-attn-train"] == "0.1.0"
     assert sessions[0]["versions"]["torch"].startswith("2.")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"sessions": 1}'])
+def test_damaged_manifest(tmp_path: Path, content: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.manifest.write_text(content)
+    with pytest.raises(OutputError, match=r"manifest\.json cannot be read .*Remove it"):
+        write_manifest(folder, {})
+    assert folder.manifest.read_text() == content

@@ -165,6 +165,18 @@ class TestPlateau:
         optimizer, plateau = self.build(patience=0)
         assert self.run(optimizer, plateau, losses)[-1] == 0.2
 
+    def test_a_validation_counts_once(self) -> None:
+        """The task shows its loss to the schedule, and Lightning does once more."""
+        optimizer, plateau = self.build(warmup_steps=0, patience=1)
+        for loss in (2.0, 2.0, 2.0):
+            for _ in range(3):
+                optimizer.step()
+            for _ in range(2):
+                plateau.step(loss)
+        assert plateau.scale == 0.5
+        plateau.step(3.0)
+        assert plateau.num_bad_epochs == 0
+
     def test_it_resumes_in_the_middle(self) -> None:
         losses = [loss for loss in [3.0, 2.0, 2.0, 2.5, 2.0, 2.0] for _ in range(3)]
         whole = self.run(*self.build(), losses)

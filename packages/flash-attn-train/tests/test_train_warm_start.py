@@ -11,9 +11,12 @@ from flash_attn_models import save_pretrained
 from flash_attn_models.bert import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel
 from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel
 from flash_attn_models.vit import ViTConfig, ViTForImageClassification, ViTModel, interpolate_positions
+from flash_attn_train.distributed.checkpoint_folder import write_checkpoint_folder
 from flash_attn_train.errors import CheckpointError
+from flash_attn_train.restore import restore
 from flash_attn_train.sequence_classifier import BertForSequenceClassification
 from flash_attn_train.warm_start import check_warm_start, load_warm_start
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 SIZES = {"vocab_size": 40, "max_seqlen": 8, "n_layer": 1, "n_head": 2, "d_model": 16}
@@ -68,6 +71,23 @@ class TestOwnCheckpoints:
         torch.save({"state_dict": weights}, tmp_path / "a.ckpt")
         model = gpt()
         load_warm_start(model, str(tmp_path / "a.ckpt"))
+        assert equal(model, source)
+
+    def test_folder_of_many_ranks_is_checked_without_reading_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = gpt()
+        weights = {f"model.{name}": tensor for name, tensor in source.state_dict().items()}
+        averages = {name: tensor for name, tensor in weights.items() if "lm_head" not in name}
+        path = tmp_path / "many"  # any name will do
+        write_checkpoint_folder(path, {"state_dict": weights, "ema_state_dict": averages}, [])
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.distributed.checkpoint.load", None)
+            check_warm_start(gpt(), str(path))
+            with pytest.raises(CheckpointError, match=r"\(40, 16\) instead of \(40, 32\)"):
+                check_warm_start(gpt(d_model=32), str(path))
+        model = gpt()
+        assert load_warm_start(model, str(path)) == []
         assert equal(model, source)
 
     def test_another_architecture_of_equal_shapes_is_refused(self, tmp_path: Path) -> None:
@@ -208,6 +228,21 @@ class TestHuggingFaceFolders:
         model = transformers.GPT2LMHeadModel(shape)
         load_warm_start(model, str(tmp_path / "hf"))
         assert equal(model, source)
+        # What the files lack transformers makes up; here it is an error, or stays as it was.
+        name, file = "transformer.h.0.attn.c_attn.weight", tmp_path / "hf" / "model.safetensors"
+        tensors = load_file(file)
+        del tensors[name]
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=rf"got no {name}; expected"):
+            load_warm_start(model, str(tmp_path / "hf"))
+        assert load_warm_start(model, str(tmp_path / "hf"), skip=[name]) == [name]
+        with pytest.raises(CheckpointError, match=rf"its files have no {name} \(1 tensors"):
+            restore(str(tmp_path / "hf"), ["model=hugging_face"])
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(CheckpointError, match=r"warm_start=.*cannot be read"):
+            load_warm_start(model, str(tmp_path / "hf"))
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            restore(str(tmp_path / "hf"), ["model=hugging_face"])
 
     def test_an_unknown_place_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -7,7 +7,7 @@ A checkpoint is a file, or a folder into which every rank wrote its part
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from flash_attn_train.atomic import atomic_write, remove_leftovers, remove_path
 from flash_attn_train.configs import TrainConfig
-from flash_attn_train.configs.checks import flatten
+from flash_attn_train.configs.checks import flatten, options
 from flash_attn_train.distributed import checkpoint_folder as folders
 from flash_attn_train.errors import CheckpointError
 
 # Keys that do not change what is computed from the checkpoint on, or (the last ones) whose effect on it is
-# checked otherwise: the corpus by its content, the length of the schedule by scheduler.decay_steps, what makes up
-# a batch by its size on all devices together.
+# checked otherwise: the corpus and a tokenizer's file by their content, the length of the schedule by
+# scheduler.decay_steps, what makes up a batch by its size on all devices together.
 _MAY_DIFFER = (
     "output_dir",
     "resume",
@@ -40,12 +40,15 @@ _MAY_DIFFER = (
     "trainer.compile",
     "trainer.activation_checkpointing",
     "trainer.nan",
+    "trainer.profiler",
     "trainer.val_every_n_steps",
     "trainer.val_sequences",
     "data.cache_dir",
     "data.num_workers",
     "data.",
+    "tokenizer.path",
     "trainer.max_steps",
+    "trainer.max_epochs",
     "trainer.batch_size",
     "trainer.accumulate_grad_batches",
     "trainer.global_batch_size",
@@ -99,11 +102,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def map_checkpoint(path: Path) -> dict[str, Any]:
-    """As :func:`read_checkpoint`, without the checksums: of a file, tensors are read where and when they are used."""
+    """As :func:`read_checkpoint`, without checksums and optimizer state, and without reading the weights: those of a
+    file are read where and when they are used; those of a folder have shapes alone (device "meta")."""
     try:
         if _is_folder(path):
-            return folders.read_checkpoint_folder(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            rest, stored = _rest_of_folder(path), folders.entries(path)
+            shapes = {name: stored.get(f"model/{name}") for name in rest["names"]}
+            weights = {
+                name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+                for name, entry in shapes.items()
+                if entry is not None
+            }
+            return {**_without_bulk(rest), "state_dict": weights}
+        return _load(path, mmap=True)
     except Exception as error:
         raise _damaged(path, error) from error
 
@@ -117,15 +128,23 @@ def read_header(path: Path) -> dict[str, Any]:
     """
     try:
         if _is_folder(path):
-            if not (path / folders.MANIFEST).is_file():
-                raise ValueError(f"{folders.MANIFEST} is missing")
-            header = folders.read_rest(path)
+            header = _rest_of_folder(path)
         else:
-            header = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            header = _load(path, mmap=True)
     except Exception as error:
         raise _damaged(path, error) from error
+    return _without_bulk(header)
+
+
+def _rest_of_folder(path: Path) -> dict[str, Any]:
+    if not (path / folders.MANIFEST).is_file():
+        raise ValueError(f"{folders.MANIFEST} is missing")
+    return folders.read_rest(path)
+
+
+def _without_bulk(checkpoint: dict[str, Any]) -> dict[str, Any]:
     bulk = ("state_dict", "optimizer_states", "names", "groups", "others")
-    return {name: value for name, value in header.items() if name not in bulk}
+    return {name: value for name, value in checkpoint.items() if name not in bulk}
 
 
 def consolidate(path: Path) -> dict[str, Tensor]:
@@ -150,7 +169,17 @@ def _read_file(path: Path) -> dict[str, Any]:
         damaged = records.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f"record {damaged} does not match its checksum")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return _load(path)
+
+
+def _load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(
+            f"checkpoint {path}: got a file with a {type(checkpoint).__name__}, expected one that flash-attn-train "
+            "wrote."
+        )
+    return checkpoint
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
@@ -163,7 +192,15 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def check_same_config(path: Path, checkpoint: dict[str, Any], config: TrainConfig) -> None:
+def check_has_config(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Raises :class:`CheckpointError` unless it is a checkpoint of a run of this package."""
+    if "config" not in checkpoint:
+        raise CheckpointError(
+            f"checkpoint {path} has no config in it; expected one that flash-attn-train wrote."
+        )
+
+
+def check_same_config(path: Path, checkpoint: Mapping[str, Any], config: TrainConfig) -> None:
     """Raises unless the run that wrote the checkpoint computes what ``config`` does, naming the fields that
     differ. Devices and strategy may differ, if all devices together still have as many samples per step.
 
@@ -172,17 +209,19 @@ def check_same_config(path: Path, checkpoint: dict[str, Any], config: TrainConfi
     Raises:
         CheckpointError: a field differs, or the file is not a checkpoint of this package.
     """
-    if "config" not in checkpoint:
-        raise CheckpointError(
-            f"checkpoint {path} has no config in it; expected one that flash-attn-train wrote."
-        )
-    saved, now = checkpoint["config"], flatten(config)
+    check_has_config(path, checkpoint)
+    # An option that is newer than the checkpoint was at its default, whatever that was called then.
+    saved = {**{option.key: option.default for option in options(config)}, **checkpoint["config"]}
+    now = flatten(config)
     differing = [
         f"{key} (checkpoint: {saved.get(key)!r}, now: {now.get(key)!r})"
         for key in sorted(saved.keys() | now.keys())
         if saved.get(key) != now.get(key) and not key.startswith(_MAY_DIFFER)
     ]
-    before, after = _samples_per_step(saved), _samples_per_step(now)
+    if None in (saved["tokenizer.name"], now["tokenizer.name"]) and now["tokenizer.path"] is not None:
+        # The same tokenizer, by its file: what it is decides about the data, and these are compared.
+        differing = [text for text in differing if not text.startswith("tokenizer.")]
+    before, after = _samples_per_step(checkpoint["config"]), _samples_per_step(now)
     if before != after:
         fields = [
             f"trainer.{name}" for name in ("batch_size", "accumulate_grad_batches", "devices", "num_nodes")
@@ -214,7 +253,7 @@ def _samples_per_step(config: dict[str, Any]) -> int:
     return config["trainer.batch_size"] * config["trainer.accumulate_grad_batches"] * ranks
 
 
-def check_same_data(path: Path, checkpoint: dict[str, Any], config: TrainConfig, data_key: str) -> None:
+def check_same_data(path: Path, checkpoint: Mapping[str, Any], config: TrainConfig, data_key: str) -> None:
     """Raises unless the checkpoint was trained on the same data.
 
     Raises:
@@ -226,12 +265,11 @@ def check_same_data(path: Path, checkpoint: dict[str, Any], config: TrainConfig,
         fields = [
             key
             for key in sorted(saved.keys() | now.keys())
-            if key.startswith("data") and key not in kept and saved.get(key) != now.get(key)
+            if key.startswith(("data", "tokenizer.")) and key not in kept and saved.get(key) != now.get(key)
         ]
         was, is_now = (
-            ", ".join(f"{key}={options[key]!r}" for key in fields if key in options)
-            or "under the same options"
-            for options in (saved, now)
+            ", ".join(f"{key}={values[key]!r}" for key in fields if key in values) or "under the same options"
+            for values in (saved, now)
         )
         raise CheckpointError(
             f"checkpoint {path} is of other training data: it was {was}; now it is {is_now}, with different "

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from flash_attn_train import __version__
+from flash_attn_train.cli_errors import not_in_variant, translated
 from flash_attn_train.cli_help import help_text
-from flash_attn_train.configs import TrainConfig, check_config
-from flash_attn_train.configs.checks import Option, describe_limits, unknown_key, wrong_type
-from flash_attn_train.configs.store import SCHEMAS, all_options, compose, entries
+from flash_attn_train.configs import TrainConfig, check_config, check_read
+from flash_attn_train.configs.checks import unknown_key
+from flash_attn_train.configs.store import SCHEMAS, compose, describe_entries, entries, every_option, mappings
 from flash_attn_train.errors import ConfigError, UserError
 
 _PRESET = "preset"  # another word for the group `experiment`
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if print_config:
             from omegaconf import OmegaConf
 
+            print(f"# {describe_entries(config)}")
             print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
             return 0
         # Read by GNU OpenMP when torch loads: how long a thread that waits for the others spins before it sleeps.
@@ -66,40 +68,73 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compose_config(arguments: Sequence[str]) -> TrainConfig:
-    """The config of groups and ``key=value`` arguments, checked. ``--config-dir=FOLDER`` adds groups of one's own.
+    """The config of a run from groups and ``key=value`` arguments, checked. ``--config-dir=FOLDER`` adds groups of
+    one's own.
 
     Raises:
-        ConfigError: an argument is no ``key=value``, a key or entry is unknown, or a value does not fit.
+        ConfigError: an argument is no ``key=value``, a key or entry is unknown, a value does not fit, or a key is set
+            that the run does not read.
     """
+    config, keys = _compose(arguments)
+    check_read(config, keys)
+    return config
+
+
+def compose_part(arguments: Sequence[str]) -> TrainConfig:
+    """As :func:`compose_config`, where more values come from elsewhere: keys may be set that nothing reads yet."""
+    return _compose(arguments)[0]
+
+
+def _compose(arguments: Sequence[str]) -> tuple[TrainConfig, list[str]]:
+    """The config, and the keys that the arguments set."""
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped, unused-ignore]
 
     folders = _config_dirs(arguments)
-    overrides = [_experiment(text) for text in arguments if not text.startswith(_CONFIG_DIR)]
+    overrides = [_literal(_experiment(text)) for text in arguments if not text.startswith(_CONFIG_DIR)]
     values = _check_overrides(overrides, folders)
     # An entry of a mapping is new or not: the user need not know Hydra's sign for it.
-    overrides = [f"++{text}" if text.startswith(_mappings()) else text for text in overrides]
+    overrides = [f"++{text}" if text.startswith(mappings()) else text for text in overrides]
     try:
         config = OmegaConf.to_object(compose(overrides, folders))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _translated(error, values) from error
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise translated(error, values) from error
     assert isinstance(config, TrainConfig)
     for key in values:
         section, field = (*key.split("."), "")[:2]
         # An entry of a mapping that the chosen variant does not have: it has become an attribute that nobody reads.
-        if key.startswith(_mappings()) and field not in vars(type(getattr(config, section))()):
-            raise _not_in_variant(key)
+        if key.startswith(mappings()) and field not in vars(type(getattr(config, section))()):
+            raise not_in_variant(key)
     if config.smoke:
         from flash_attn_train.configs.smoke import smoke
 
         config = smoke(config, keep=[key for key in values if key not in SCHEMAS])
     check_config(config)
-    return config
+    return config, list(values)
 
 
 def _experiment(text: str) -> str:
     return f"experiment={text.removeprefix('preset=')}" if text.startswith(f"{_PRESET}=") else text
+
+
+def _literal(text: str) -> str:
+    """A text that Hydra's grammar has another meaning for, or none, such as a path with "~", "," or "=", is taken as
+    it stands."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.errors import HydraException
+
+    key, _, value = text.partition("=")
+    if key not in {option.key for option in every_option() if option.type in (str, str | None)}:
+        return text
+    try:
+        override = OverridesParser.create().parse_override(text)
+        is_text = not override.is_sweep_override() and not isinstance(override.value(), (list, dict))
+    except HydraException:
+        is_text = False
+    return text if is_text else f"{key}={QuotedString(text=value, quote=Quote.double).with_quotes()}"
 
 
 def _help_topic(arguments: Sequence[str]) -> str | None:
@@ -128,8 +163,8 @@ def _check_overrides(overrides: Sequence[str], folders: Sequence[Path]) -> dict[
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    known = [*SCHEMAS, *dict.fromkeys(option.key for _, section in all_options() for option in section)]
-    mappings = _mappings()
+    known = [*SCHEMAS, *dict.fromkeys(option.key for option in every_option())]
+    of_mappings = mappings()
     parser = OverridesParser.create()
     values = {}
     for text in overrides:
@@ -146,9 +181,9 @@ def _check_overrides(overrides: Sequence[str], folders: Sequence[Path]) -> dict[
                 "characters: 'key=\"value\"'."
             ) from error
         key = override.key_or_group
-        if key not in known and not key.startswith(mappings):
+        if key not in known and not key.startswith(of_mappings):
             raise unknown_key(key, [_PRESET, *known])
-        if (override.is_add() and not key.startswith(mappings)) or override.is_delete():
+        if (override.is_add() and not key.startswith(of_mappings)) or override.is_delete():
             raise ConfigError(
                 f"got {text!r}, expected key=value with one value; keys cannot be added or removed."
             )
@@ -167,44 +202,6 @@ def _unknown_entry(group: str, value: Any, known: list[str]) -> ConfigError:
     nearest = [name for name in known if name.split("/")[-1] == value] or nearest
     hint = f" The nearest is {nearest[0]!r}." if nearest else ""
     return ConfigError(f"{group}: got {value!r}, expected one of {', '.join(known)}.{hint}")
-
-
-def _translated(error: Exception, values: dict[str, Any]) -> ConfigError:
-    """Hydra's error in this package's words: key, got, expected."""
-    for key in values:
-        if f"Could not override '{key}'" in str(error):
-            return _not_in_variant(key)
-    cause: BaseException | None = error
-    while cause is not None:
-        full_key = getattr(cause, "full_key", None) or ""
-        for option in _options():
-            if full_key.split("[")[0] == option.key and option.key in values:
-                return wrong_type(option.key, values[option.key], option.type)
-        cause = cause.__cause__
-    return ConfigError(str(error))
-
-
-def _not_in_variant(key: str) -> ConfigError:
-    group = key.split(".")[0]
-    field = ".".join(key.split(".")[:2]) if key.startswith(_mappings()) else key
-    having = [
-        section.split(".")[1]
-        for section, found in all_options()
-        if section.startswith(f"{group}.") and field in (option.key for option in found)
-    ]
-    return ConfigError(
-        f"{key}: the chosen {group} has no such key; expected {group}= one that is made of "
-        f"{' or '.join(having)}."
-    )
-
-
-def _mappings() -> tuple[str, ...]:
-    """Beginnings of the keys of mappings, such as "model.config."."""
-    return tuple(f"{option.key}." for option in _options() if "mapping" in describe_limits(option))
-
-
-def _options() -> list[Option]:
-    return [option for _, section in all_options() for option in section]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flash_attn_train.configs.checks import Option, describe_limits, unknown_key
+from flash_attn_train.configs.option import as_argument
 from flash_attn_train.configs.schema import TrainConfig
 from flash_attn_train.configs.store import DEFAULTS, SCHEMAS, all_options, entries
 
@@ -61,11 +62,7 @@ def help_text(topic: str = "", folders: Sequence[Path] = ()) -> str:
 
 def show_default(option: Option) -> str:
     """The default as one would write it on the command line."""
-    if option.default is None:
-        return "null"
-    if option.default == "":
-        return "''"
-    return str(option.default).lower() if isinstance(option.default, bool) else str(option.default)
+    return as_argument(option.default)
 
 
 def _overview(folders: Sequence[Path]) -> str:
@@ -124,5 +121,9 @@ def _lines(found: Sequence[Option]) -> list[str]:
     lines = []
     for option in found:
         lines.append(f"  {option.key}={show_default(option)}")
-        lines.append(f"      {option.metadata['help']} [{describe_limits(option)}]")
+        read = [
+            f"for {condition}" for condition in option.metadata["read"] if option.key not in condition.keys
+        ]
+        limits = "; ".join([describe_limits(option), *read])
+        lines.append(f"      {option.metadata['help']} [{limits}]")
     return lines

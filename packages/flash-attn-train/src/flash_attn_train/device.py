@@ -9,7 +9,8 @@ import platform
 import torch
 from lightning_fabric.plugins.environments import TorchElasticEnvironment
 
-from flash_attn_train.configs import TrainConfig
+from flash_attn_train.configs import TrainConfig, check_config
+from flash_attn_train.data.images import steps_of_epochs
 from flash_attn_train.distributed import data_parallel_size
 from flash_attn_train.errors import ConfigError
 
@@ -24,14 +25,15 @@ _COMPUTE_DTYPES = {
 def resolve(config: TrainConfig) -> TrainConfig:
     """A copy with devices, precision, batches and schedule as definite values.
 
-    Started by torchrun, the run has the devices that torchrun has made processes for.
+    Started by torchrun, the run has the devices that torchrun has made processes for. A length in epochs is left to
+    :func:`resolve_epochs`, and with it the schedule.
 
     Raises:
         ConfigError: a GPU is asked for and there is none, or it cannot compute in the precision asked for, or the
             global batch cannot be made of whole forward passes on all devices.
     """
     config = _with_torchrun_devices(config)
-    trainer, scheduler = config.trainer, config.scheduler
+    trainer = config.trainer
     accelerator = trainer.accelerator
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,19 +54,40 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise ConfigError(
             f"trainer.precision: got {precision!r}, but this GPU has no bf16; expected 32-true or 16-mixed."
         )
-    decay_steps = scheduler.decay_steps or trainer.max_steps
-    warmup_steps = decay_steps // 10 if scheduler.warmup_steps is None else scheduler.warmup_steps
-    return dataclasses.replace(
-        config,
-        trainer=dataclasses.replace(
-            trainer,
-            accelerator=accelerator,
-            precision=precision,
-            accumulate_grad_batches=_accumulation(config),
-            global_batch_size=None,
-        ),
-        scheduler=dataclasses.replace(scheduler, decay_steps=decay_steps, warmup_steps=warmup_steps),
+    trainer = dataclasses.replace(
+        trainer,
+        accelerator=accelerator,
+        precision=precision,
+        accumulate_grad_batches=_accumulation(config),
+        global_batch_size=None,
     )
+    config = dataclasses.replace(config, trainer=trainer)
+    return config if trainer.max_epochs is not None else _with_schedule(config)
+
+
+def resolve_epochs(config: TrainConfig, num_samples: int) -> TrainConfig:
+    """A copy of an otherwise resolved config with trainer.max_epochs as steps: the least that see each of so many
+    samples so often. The last step may go a little beyond, and the schedule ends with it.
+
+    Raises:
+        ConfigError: the schedule does not fit into so few steps.
+    """
+    trainer = config.trainer
+    assert trainer.max_epochs is not None
+    global_batch_size = trainer.batch_size * trainer.accumulate_grad_batches * data_parallel_size(config)
+    max_steps = steps_of_epochs(trainer.max_epochs, num_samples, global_batch_size)
+    trainer = dataclasses.replace(trainer, max_steps=max_steps, max_epochs=None)
+    config = dataclasses.replace(config, trainer=trainer)
+    check_config(config)
+    return _with_schedule(config)
+
+
+def _with_schedule(config: TrainConfig) -> TrainConfig:
+    scheduler = config.scheduler
+    decay_steps = scheduler.decay_steps or config.trainer.max_steps
+    warmup_steps = decay_steps // 10 if scheduler.warmup_steps is None else scheduler.warmup_steps
+    scheduler = dataclasses.replace(scheduler, decay_steps=decay_steps, warmup_steps=warmup_steps)
+    return dataclasses.replace(config, scheduler=scheduler)
 
 
 def _with_torchrun_devices(config: TrainConfig) -> TrainConfig:

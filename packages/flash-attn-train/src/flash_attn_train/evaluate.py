@@ -8,10 +8,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flash_attn_train import __version__
 from flash_attn_train.errors import ConfigError, OutputError, UserError
+
+if TYPE_CHECKING:
+    from flash_attn_train.configs import TokenizerConfig
+    from flash_attn_train.data import DataModule
+    from flash_attn_train.restore import Restored
 
 _EPILOG = """examples:
   flash-attn-evaluate runs/quickstart
@@ -83,6 +88,8 @@ def evaluate(source: str, overrides: Sequence[str] = (), *, use_ema: bool = True
     config = resolve(restored.config)
     data = build_data(config)
     _check_sizes(restored.sizes.vocab_size, data.vocab_size, restored.sizes.num_classes, data.num_classes)
+    _check_tokenizer(restored, config.tokenizer, data)
+    _check_labels(restored.label_names, data.label_names)
     task = build_task(config, restored.sizes)
     task.model = restored.model
     started = time.perf_counter()
@@ -152,6 +159,28 @@ def _check_sizes(vocab_size: int, data_vocab_size: int, num_classes: int, data_n
         raise ConfigError(
             f"data: got {data_num_classes:,} classes, but the model has {num_classes:,}. Give data with the classes "
             "that the model was trained on."
+        )
+
+
+def _check_tokenizer(restored: Restored, config: TokenizerConfig, data: DataModule) -> None:
+    """One that is trained here is the model's on the model's own data alone; elsewhere its tokens mean other text."""
+    is_trained_here = data.vocab_size > 0 and config.name is None and config.path is None
+    if is_trained_here and data.key != restored.data_key:
+        raise ConfigError(
+            "tokenizer: got one that was trained on these data, but the model has another, and the folder of its run "
+            "is not where it would be. Give the run's: tokenizer.path=TOKENIZER_JSON."
+        )
+
+
+def _check_labels(names: Sequence[str], data_names: Sequence[str]) -> None:
+    """As many classes of other names would be measured by numbers that mean something else."""
+    differing = [(ours, theirs) for ours, theirs in zip(names, data_names, strict=False) if ours != theirs]
+    if differing:
+        ours, theirs = differing[0]
+        raise ConfigError(
+            f"data: got classes of other names than the model was trained on, such as {theirs!r} in place of {ours!r} "
+            f"({len(differing):,} of {len(names):,} differ); expected the same, since classes are numbered in the "
+            "order of their names. Name the data's classes as the training data's."
         )
 
 

@@ -67,7 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"flash-attn-export: error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {', '.join(sorted(file.name for file in folder.iterdir()))} to {folder}")
+    names = sorted(file.name for file in folder.iterdir())
+    print(f"wrote {', '.join(names)} to {folder}")
+    if "tokenizer.json" not in names and "vocab_size" in json.loads((folder / "config.json").read_text()):
+        print(
+            "It has no tokenizer, since the folder of its run is not there or has none: --tokenizer FILE gives one."
+        )
     return 0
 
 
@@ -94,11 +99,14 @@ def export(
     Raises:
         CheckpointError: the source cannot be read, or is none of this package.
         ConfigError: the model cannot be expressed in Hugging Face layout.
+        DataError: the tokenizer cannot be read.
         OutputError: the folder holds something, or cannot be written.
     """
     import torch
 
-    from flash_attn_train.restore import find_checkpoint, restore
+    from flash_attn_train.data.tokenizer import load_tokenizer
+    from flash_attn_train.restore import restore
+    from flash_attn_train.run_folder import find_checkpoint
 
     place = Path(folder).expanduser().absolute()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
@@ -107,8 +115,10 @@ def export(
         raise CheckpointError(
             f"{source}: expected a run folder with checkpoints/last.ckpt, or a checkpoint of flash-attn-train."
         )
+    if tokenizer is not None:
+        load_tokenizer(tokenizer.expanduser())  # before the weights, which may take long
     restored = restore(source, use_ema=use_ema)
-    file = restored.tokenizer if tokenizer is None else tokenizer
+    file = restored.tokenizer if tokenizer is None else tokenizer.expanduser()
     restored.model.to(torch.float32 if dtype is None else dtype)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,15 @@
-"""Models of transformers, to compare with."""
+"""Models of transformers, to compare with: new ones, and pretrained ones."""
 
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from flash_attn_train.configs.model import HuggingFaceModelConfig
-from flash_attn_train.errors import ConfigError
+from flash_attn_train.errors import CheckpointError, ConfigError
 
 
 def build_hugging_face_model(config: HuggingFaceModelConfig, vocab_size: int) -> nn.Module:
@@ -51,6 +52,27 @@ def build_hugging_face_model(config: HuggingFaceModelConfig, vocab_size: int) ->
             f"model: transformers makes no {config.model_type} of model.config={config.config} and "
             f"model.attn_implementation={config.attn_implementation!r}: {error}"
         ) from error
+
+
+def read_hugging_face_model(kind: Any, source: str, **options: Any) -> tuple[Any, set[str]]:
+    """A pretrained model, and the names of the tensors that its files lack: these have random values.
+
+    Args:
+        kind: class of transformers, such as AutoModelForCausalLM.
+        source: folder, or name on the hub.
+        options: of its ``from_pretrained``.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    folder = Path(source).expanduser()
+    try:
+        model, report = kind.from_pretrained(
+            str(folder) if folder.exists() else source, output_loading_info=True, **options
+        )
+    except Exception as error:  # of the hub, of safetensors, of pickle, of the config's fields
+        raise CheckpointError(f"{source}: transformers cannot read it: {error}") from error
+    return model, set(report["missing_keys"])
 
 
 def _check_fields(config: HuggingFaceModelConfig, default: Any) -> None:

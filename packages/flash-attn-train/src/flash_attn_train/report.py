@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped, unused-ignore]
 
 from flash_attn_train.atomic import atomic_write
 from flash_attn_train.config_changes import config_changes
 from flash_attn_train.errors import ConfigError, UserError
 from flash_attn_train.figures import LOSS, PICTURES, Picture, Rows, draw
 from flash_attn_train.loggers import read_metrics
+from flash_attn_train.run_folder import RunFolder, read_sessions
 from flash_attn_train.summary import RunResult, describe_run, result_of
 
 __all__ = ["RunResult", "describe_run", "main", "result_of", "write_report"]
@@ -30,29 +32,40 @@ def write_report(folder: Path) -> Path:
     """Writes ``report.md``, ``loss.png`` and the other curves (in ``report/``) of a run. Returns the report's path.
 
     Raises:
-        ConfigError: the folder is not that of a run.
+        UserError: the folder is not that of a run, or a file in it is damaged.
     """
     for name in ("config.yaml", "manifest.json", "metrics.csv"):
         if not (folder / name).is_file():
             raise ConfigError(f"got {folder}, expected the folder of a run: {folder / name} does not exist.")
     rows = read_metrics(folder / "metrics.csv")
-    sessions = json.loads((folder / "manifest.json").read_text())["sessions"]
+    sessions = read_sessions(RunFolder(folder))
     model = folder / "model.json"
-    saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    assert isinstance(saved, dict)
+    saved = _saved_config(folder / "config.yaml")
     sections = [
         f"# Run {folder.resolve().name}",
         _results(rows),
         _curves(folder, rows),
         _model(json.loads(model.read_text())) if model.exists() else "",
         _setup(sessions),
-        _config({str(key): value for key, value in saved.items()}),
+        _config(saved),
         _versions(sessions[-1]),
     ]
     path = folder / "report.md"
     with atomic_write(path) as file:
         file.write("\n\n".join(section for section in sections if section).encode() + b"\n")
     return path
+
+
+def _saved_config(path: Path) -> dict[str, Any]:
+    try:
+        saved = OmegaConf.to_container(OmegaConf.load(path))
+    except YAMLError as error:
+        raise ConfigError(f"{path} cannot be read: {error}; expected what a run wrote.") from error
+    if not isinstance(saved, dict):
+        raise ConfigError(
+            f"{path}: got a {type(saved).__name__}, expected keys and values, as a run writes them."
+        )
+    return {str(key): value for key, value in saved.items()}
 
 
 def _results(rows: Rows) -> str:

@@ -16,12 +16,13 @@ from flash_attn_models.vit import ViTForImageClassification
 from torch import Tensor, nn
 
 from flash_attn_train.checkpoints import read_checkpoint
-from flash_attn_train.cli import compose_config
+from flash_attn_train.cli import compose_part
 from flash_attn_train.configs import ModelConfig, TrainConfig, ViTModelConfig
-from flash_attn_train.distributed.checkpoint_folder import is_checkpoint_folder
 from flash_attn_train.errors import CheckpointError, ConfigError
+from flash_attn_train.hugging_face import read_hugging_face_model
+from flash_attn_train.label_names import read_label_names
 from flash_attn_train.models import DataSizes, build_model
-from flash_attn_train.run_folder import RunFolder, read_labels
+from flash_attn_train.run_folder import find_checkpoint, folder_of_checkpoint
 from flash_attn_train.saved_config import for_measuring, override_keys, restore_config
 from flash_attn_train.weights import has_average, model_weights
 
@@ -43,7 +44,8 @@ class Restored:
         checkpoint: file or folder; None of a pretrained model.
         step: optimizer steps that it was trained for; None where that is not known.
         tokenizer: tokenizer.json of the run; None where there is none.
-        label_names: of the classes, by class number; empty where the run has none.
+        data_key: of the data that it was trained on; None where that is not known.
+        label_names: of the classes, by class number; empty where they are not known.
     """
 
     model: nn.Module
@@ -53,25 +55,8 @@ class Restored:
     checkpoint: Path | None = None
     step: int | None = None
     tokenizer: Path | None = None
+    data_key: str | None = None
     label_names: Sequence[str] = ()
-
-
-def find_checkpoint(source: str) -> Path | None:
-    """The checkpoint that a source names: of a run folder the last one. None where it can only be a model in Hugging
-    Face layout.
-
-    Raises:
-        CheckpointError: a run folder without a checkpoint.
-    """
-    path = Path(source).expanduser()
-    folder = RunFolder(path)
-    if folder.last_checkpoint.exists():
-        return folder.last_checkpoint
-    if folder.config.exists():
-        raise CheckpointError(f"{source}: {folder.last_checkpoint} does not exist. Name another checkpoint.")
-    if path.suffix == ".ckpt" or path.is_file() or is_checkpoint_folder(path):
-        return path
-    return None
 
 
 def restore(source: str, overrides: Sequence[str] = (), *, use_ema: bool = True) -> Restored:
@@ -99,11 +84,12 @@ def _of_checkpoint(path: Path, overrides: Sequence[str], use_ema: bool) -> Resto
         config = restore_config(checkpoint["config"], overrides, source=str(path))
     else:
         override_keys(overrides)
-        config = compose_config(["experiment=none", *overrides])
-    folder = RunFolder(path.parent.parent) if path.parent.name == "checkpoints" else None
+        config = compose_part(["experiment=none", *overrides])
+    folder = folder_of_checkpoint(path)
     found = folder.tokenizer if folder is not None and folder.tokenizer.is_file() else None
     config = for_measuring(config, override_keys(overrides), found)
     sizes = _sizes_of(config.model, tensors)
+    names = read_label_names(checkpoint, folder)
     model = build_model(config.model, sizes)
     _load(model, tensors, str(path))
     return Restored(
@@ -114,14 +100,9 @@ def _of_checkpoint(path: Path, overrides: Sequence[str], use_ema: bool) -> Resto
         checkpoint=path,
         step=checkpoint.get("global_step"),
         tokenizer=found,
-        label_names=_labels(folder, sizes, override_keys(overrides)),
+        data_key=checkpoint.get("data_key"),
+        label_names=names if len(names) == sizes.num_classes else [],
     )
-
-
-def _labels(folder: RunFolder | None, sizes: DataSizes, given: set[str]) -> list[str]:
-    """The run's, unless other data are given, whose classes may be others."""
-    names = [] if folder is None or "data" in given else read_labels(folder)
-    return names if len(names) == sizes.num_classes else []
 
 
 def _load(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -175,7 +156,7 @@ def _of_hub(source: str, overrides: Sequence[str]) -> Restored:
         is_folder = Path(source).expanduser().is_dir()
         sizes["tokenizer.path" if is_folder else "tokenizer.name"] = str(source)
     own = [text for text in own if text.partition("=")[0] not in given]
-    config = compose_config(["experiment=none", *own, *overrides])
+    config = compose_part(["experiment=none", *own, *overrides])
     for key, value in sizes.items():
         if key not in given:
             section, name = key.split(".")
@@ -204,9 +185,15 @@ def _of_transformers(source: str) -> Any:
             "model: got 'hugging_face', which needs transformers; pip install 'flash-attn-train[transformers]'."
         ) from error
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        model, missing = read_hugging_face_model(AutoModelForCausalLM, source, dtype=torch.float32)
+    except CheckpointError as error:
         raise _unreadable(source, error) from error
+    if missing:
+        raise CheckpointError(
+            f"{source}: its files have no {', '.join(sorted(missing)[:3])} ({len(missing)} tensors of the model are "
+            "missing); expected all of them, since random ones would be measured in their place."
+        )
+    return model
 
 
 def _unreadable(source: str, error: Exception) -> CheckpointError:

@@ -8,6 +8,7 @@
       tokenizer.json            of text;  labels.json  names of the classes, of classification
       checkpoints/last.ckpt     checkpoints/best.ckpt
       metrics.csv  tensorboard/ loss.png  sample.txt
+      profiler/                 of trainer.profiler
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +30,8 @@ from omegaconf import OmegaConf
 import flash_attn_train
 from flash_attn_train.atomic import atomic_write
 from flash_attn_train.configs import TrainConfig
+from flash_attn_train.configs.store import describe_entries
+from flash_attn_train.distributed.checkpoint_folder import is_checkpoint_folder
 from flash_attn_train.errors import CheckpointError, OutputError
 
 _DISTRIBUTIONS = (
@@ -77,12 +81,39 @@ class RunFolder:
         return self.path / "labels.json"
 
     @property
+    def profiler(self) -> Path:
+        return self.path / "profiler"
+
+    @property
     def manifest(self) -> Path:
         return self.path / "manifest.json"
 
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+
+def find_checkpoint(source: str) -> Path | None:
+    """The checkpoint that a source names, a file, or a folder into which many ranks wrote; of a run folder the last
+    one. None where it can only be a model in Hugging Face layout.
+
+    Raises:
+        CheckpointError: a run folder without a checkpoint.
+    """
+    path = Path(source).expanduser()
+    folder = RunFolder(path)
+    if folder.last_checkpoint.exists():
+        return folder.last_checkpoint
+    if folder.config.exists():
+        raise CheckpointError(f"{source}: {folder.last_checkpoint} does not exist. Name another checkpoint.")
+    if path.suffix == ".ckpt" or path.is_file() or is_checkpoint_folder(path):
+        return path
+    return None
+
+
+def folder_of_checkpoint(path: Path) -> RunFolder | None:
+    """The run folder that a checkpoint is in; None of one by itself."""
+    return RunFolder(path.parent.parent) if path.parent.name == "checkpoints" else None
 
 
 def choose_run_folder(config: TrainConfig) -> tuple[RunFolder, Path | None]:
@@ -115,20 +146,18 @@ def _resolve_resume(config: TrainConfig) -> tuple[RunFolder, Path | None]:
             "use resume=auto to start a new run where there is none."
         )
     path = Path(resume).expanduser()
-    if path.is_dir():
-        folder = RunFolder(path)
-        if not folder.last_checkpoint.exists():
-            raise CheckpointError(
-                f"resume: {path} is not a run folder: {folder.last_checkpoint} does not exist."
-            )
-        return folder, folder.last_checkpoint
     if not path.exists():
         raise CheckpointError(
             f"resume: got {resume!r}, expected true, false, auto, or the path of an existing checkpoint "
             "or run folder."
         )
-    in_run_folder = path.parent.name == "checkpoints" and _holds_run(RunFolder(path.parent.parent))
-    return (RunFolder(path.parent.parent) if in_run_folder else fresh), path
+    checkpoint = find_checkpoint(resume)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"resume: {path} is not a run folder: {RunFolder(path).last_checkpoint} does not exist."
+        )
+    its_folder = folder_of_checkpoint(checkpoint)
+    return (its_folder if its_folder is not None and _holds_run(its_folder) else fresh), checkpoint
 
 
 def _numbered(output_dir: str) -> Iterator[RunFolder]:
@@ -160,42 +189,42 @@ def _check_writable(path: Path) -> None:
         ) from error
 
 
-def write_labels(folder: RunFolder, names: Sequence[str]) -> None:
-    """Names of the classes, by class number."""
-    with atomic_write(folder.labels) as file:
-        file.write((json.dumps(list(names), ensure_ascii=False, indent=2) + "\n").encode())
-
-
-def read_labels(folder: RunFolder) -> list[str]:
-    """Names of the classes, by class number; none where the run has none.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
-    if not folder.labels.is_file():
-        return []
+@contextmanager
+def writing_into(folder: RunFolder) -> Iterator[None]:
+    """Makes an OutputError of what the system says against writing a file of the run."""
     try:
-        names = json.loads(folder.labels.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder.labels} cannot be read: {error}. Remove it to go on without the classes' names."
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"output_dir: cannot write {error.filename or folder.path}: {error.strerror or error}; expected a folder "
+            "that can be written, with room. What is there already is kept."
         ) from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(
-            f"{folder.labels}: got {names!r:.80}, expected a list of the classes' names. Remove it to go on without "
-            "them."
-        )
-    return names
 
 
 def write_config(folder: RunFolder, config: TrainConfig) -> None:
+    text = f"# {describe_entries(config)}\n" + OmegaConf.to_yaml(OmegaConf.structured(config))
     with atomic_write(folder.config) as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+        file.write(text.encode())
+
+
+def read_sessions(folder: RunFolder) -> list[dict[str, Any]]:
+    """What :func:`write_manifest` wrote, the first start first.
+
+    Raises:
+        OutputError: the file cannot be read.
+    """
+    try:
+        return list(json.loads(folder.manifest.read_text(encoding="utf-8"))["sessions"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{folder.manifest} cannot be read ({type(error).__name__}: {error}); expected what a run wrote. Remove it "
+            "to go on without the record of earlier starts."
+        ) from error
 
 
 def write_manifest(folder: RunFolder, session: dict[str, Any]) -> None:
     """Adds an entry for this start or resume: versions, machine, and what ``session`` says."""
-    earlier = json.loads(folder.manifest.read_text())["sessions"] if folder.manifest.exists() else []
+    earlier = read_sessions(folder) if folder.manifest.exists() else []
     entry = {
         **session,
         "command": sys.argv,

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flash_attn_train.cli import compose_config
+from flash_attn_train.cli import compose_part
 from flash_attn_train.configs import TrainConfig, check_config
 from flash_attn_train.configs.checks import get_value, options
 from flash_attn_train.configs.store import SCHEMAS
+from flash_attn_train.configs.unread import is_given
 from flash_attn_train.errors import CheckpointError, ConfigError
 
 # What decides about the model, its data and how it is measured. The rest is about training.
@@ -34,7 +35,7 @@ def restore_config(saved: Mapping[str, Any], overrides: Sequence[str] = (), *, s
     given = override_keys(overrides)
     groups = [name for name in _GROUPS if name not in given]
     chosen = [f"{group}={_entry(group, saved, source)}" for group in groups]
-    config = compose_config(["experiment=none", *chosen, *overrides])
+    config = compose_part(["experiment=none", *chosen, *overrides])
     known = {option.key for option in options(config)}
     for key, value in saved.items():
         section = key.split(".")[0]
@@ -68,17 +69,21 @@ def override_keys(overrides: Sequence[str]) -> set[str]:
     return keys
 
 
-def is_given(key: str, given: set[str]) -> bool:
-    """Whether overrides set the key, or an entry of the mapping that it is."""
-    return key in given or any(other.startswith(f"{key}.") for other in given)
-
-
 def for_measuring(config: TrainConfig, given: set[str], tokenizer: Path | None = None) -> TrainConfig:
     """A copy for one process on this machine, over all validation samples, but for what ``given`` keys set.
 
     Args:
-        tokenizer: of the run, for a config that says to train one.
+        tokenizer: file of the run, which is taken unless another one is given: where the run had it from may not be
+            there any more.
+
+    Raises:
+        ConfigError: several devices are asked for.
     """
+    for name in ("trainer.devices", "trainer.num_nodes"):
+        if name in given and get_value(config, name) != 1:
+            raise ConfigError(
+                f"{name}: got {get_value(config, name)}, expected 1: a model is measured on one device."
+            )
     trainer: dict[str, Any] = {
         "accelerator": "auto",
         "precision": "auto",
@@ -91,9 +96,14 @@ def for_measuring(config: TrainConfig, given: set[str], tokenizer: Path | None =
         config,
         trainer=dataclasses.replace(config.trainer, **trainer),
         model=dataclasses.replace(config.model, warm_start=None, warm_start_skip=[]),
+        tokenizer=dataclasses.replace(config.tokenizer),
     )
-    if tokenizer is not None and config.tokenizer.name is None and config.tokenizer.path is None:
-        changed.tokenizer = dataclasses.replace(config.tokenizer, path=str(tokenizer))
+    if "tokenizer.name" in given:
+        changed.tokenizer.path = None if "tokenizer.path" not in given else config.tokenizer.path
+    elif "tokenizer.path" in given:
+        changed.tokenizer.name = None
+    elif tokenizer is not None:
+        changed.tokenizer.name, changed.tokenizer.path = None, str(tokenizer)
     return changed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,7 @@ class RunResult:
     Attributes:
         folder: of the run.
         first_val, last_val: validation records, such as {"val/loss": 1.5, "val/perplexity": 4.48}; losses in nats.
+            Empty where the folder has none: nothing was left to train, and the records are elsewhere.
         tokens, samples, seconds: of this session: what all processes together trained on (tokens 0 for images), and how
             long that took, without validation.
         last_checkpoint, best_checkpoint, picture, report: files.
@@ -90,21 +92,25 @@ class RunResult:
 
     @property
     def first_val_loss(self) -> float:
-        return self.first_val["val/loss"]
+        return self.first_val.get("val/loss", math.nan)
 
     @property
     def last_val_loss(self) -> float:
-        return self.last_val["val/loss"]
+        return self.last_val.get("val/loss", math.nan)
 
     def __str__(self) -> str:
         unit, amount = ("tokens", self.tokens) if self.tokens else ("samples", self.samples)
         speed = "nothing left to train"
         if amount:
             speed = f"{amount / self.seconds:,.0f} {unit}/s in training ({amount:,} {unit} in {duration(self.seconds)})"
-        more = ", ".join(describe_validation(self.last_val)[1:])
+        loss = "not measured here"
+        if self.last_val:
+            more = ", ".join(describe_validation(self.last_val)[1:])
+            loss = f"{self.first_val_loss:.3f} -> {self.last_val_loss:.3f} nats per target" + (
+                f" ({more})" if more else ""
+            )
         lines = [
-            f"validation loss  {self.first_val_loss:.3f} -> {self.last_val_loss:.3f} nats per target"
-            + (f" ({more})" if more else ""),
+            f"validation loss  {loss}",
             f"speed            {speed}",
             f"checkpoints      {self.last_checkpoint}, {self.best_checkpoint.name} beside it",
             f"report           {self.report}, {self.picture.name} beside it",
@@ -115,13 +121,13 @@ class RunResult:
 
 
 def result_of(folder: RunFolder, metrics: Metrics, *, sample: str = "") -> RunResult:
-    """What a finished run came to, from its metrics.csv and the callback that measured it."""
-    rows = read_metrics(folder.metrics)
+    """What a finished run came to, from its metrics.csv, where this machine has it, and the callback that measured."""
+    rows = read_metrics(folder.metrics) if folder.metrics.is_file() else []
     validations = [
         {name: value for name, value in row.items() if name.startswith("val/")}
         for row in rows
         if "val/loss" in row
-    ]
+    ] or [{}]
     return RunResult(
         folder=folder.path,
         first_val=validations[0],

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import pytorch_lightning as pl
+from pytorch_lightning.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from pytorch_lightning.strategies import Strategy
 
 from flash_attn_train.callbacks import RunCheckpoint
@@ -68,10 +69,19 @@ def build_trainer(
         callbacks=[*callbacks, saving],
         logger=build_loggers(config.logger, folder.path, options=options, first_step=first_step),
         plugins=plugins,
+        profiler=_profiler(settings.profiler, folder),
         enable_model_summary=False,
         enable_autolog_hparams=False,
         default_root_dir=folder.path,
     )
+
+
+def _profiler(name: str, folder: RunFolder) -> Profiler | None:
+    """Lightning's profiler of this name, which writes into the run folder."""
+    if name == "none":
+        return None
+    kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+    return kinds[name](dirpath=folder.profiler, filename="profile")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flash_attn_train.checkpoints import map_checkpoint, read_checkpoint
 from flash_attn_train.errors import CheckpointError
+from flash_attn_train.run_folder import find_checkpoint
 from flash_attn_train.weights import model_weights
 
 # What the models package may leave out of a pretrained encoder's files, and what pretraining left over: of no use for
@@ -111,7 +112,8 @@ def check_warm_start(
 
     Args:
         model: on device "meta" will do.
-        source, skip, use_ema, vocab_padding: see there. Of files only names and shapes are kept in memory.
+        source, skip, use_ema, vocab_padding: see there. Of our checkpoints, and of folders that the models package
+            loads, names and shapes are read and no weights.
     """
     _fit(model, _read(model, source, use_ema, is_check=True), source, skip, vocab_padding)
 
@@ -148,12 +150,10 @@ def _fit(
 
 
 def _read(model: nn.Module, source: str, use_ema: bool, *, is_check: bool = False) -> Weights:
-    path = Path(source).expanduser()
-    last = path / "checkpoints" / "last.ckpt"
-    if last.exists():
-        path = last
-    if path.suffix == ".ckpt" or path.is_file():
-        return _of_run(path, use_ema, map_checkpoint if is_check else read_checkpoint)
+    path = find_checkpoint(source)
+    if path is not None:
+        # Averages have the shapes of the weights.
+        return _of_run(path, use_ema and not is_check, map_checkpoint if is_check else read_checkpoint)
     if _is_of_transformers(model):
         return _of_transformers(model, source)
     return _of_models_package(model, source, device="meta" if is_check else "cpu")
@@ -190,13 +190,16 @@ def _resolved(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_transformers(model: Any, source: str) -> Weights:
+    from flash_attn_train.hugging_face import read_hugging_face_model
+
     try:
-        loaded = type(model).from_pretrained(source)
-    except (OSError, ValueError, RuntimeError) as error:
+        loaded, missing = read_hugging_face_model(type(model), source)
+    except CheckpointError as error:
         raise _unreadable(source, error) from error
     fields = loaded.config.to_dict()
     named = {name: fields[name] for name in ("model_type", "vocab_size") if name in fields}
-    return Weights(loaded.state_dict(), named)
+    tensors = {name: tensor for name, tensor in loaded.state_dict().items() if name not in missing}
+    return Weights(tensors, named)
 
 
 def _of_models_package(model: nn.Module, source: str, *, device: str) -> Weights:

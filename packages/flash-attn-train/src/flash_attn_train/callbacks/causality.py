@@ -56,11 +56,13 @@ def largest_leak(model: nn.Module, seqlen: int) -> float:
 
     Args:
         model: takes token ids (1,S) and returns logits (1,S,V), or an object that has ``logits``.
-        seqlen: S, at least 2.
+        seqlen: S; with 1 there is no later input.
 
     Raises:
         ConfigError: no token embedding is found in the model, or the output does not depend on the input at all.
     """
+    if seqlen < 2:
+        return 0.0
     embedding = _token_embedding(model)
     weight = embedding.weight
     generator = torch.Generator().manual_seed(0)
@@ -83,7 +85,7 @@ def largest_leak(model: nn.Module, seqlen: int) -> float:
             # Not a plain sum, whose gradient behind a normalisation can be zero.
             mix = torch.randn(logits.shape[-1], generator=generator).to(logits)
             leaks, direct = [], []
-            for position in sorted({0, seqlen // 2, seqlen - 2}):
+            for position in sorted({0, (seqlen - 1) // 2, seqlen - 2}):
                 (gradient,) = torch.autograd.grad(logits[0, position] @ mix, inputs[0], retain_graph=True)
                 leaks.append(gradient[0, position + 1 :].abs().max())
                 direct.append(gradient[0, position].abs().max())

@@ -35,7 +35,8 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
 
     A checkpoint of a step at which validation is due is written after the validation, so that a resumed run
     neither repeats it nor misses it. (Lightning's ModelCheckpoint writes before, and its resumed run misses
-    it.) Checkpoints hold the state of every rank's random generators, the config and the key of the training text.
+    it.) A validation loss that is not finite is never the best one. Checkpoints hold the state of every rank's random
+    generators, the config and the key of the training text.
 
     SIGTERM, and under SLURM the warning before the job's time is over, write ``last`` at the end of the step and
     stop the run; then SLURM is asked to queue the job again. Other errors in a run of one process leave
@@ -98,6 +99,11 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         self.best_loss, self.kept = state_dict["best_loss"], dict(state_dict["kept"])
         self._rng_to_restore = state_dict["rng"]
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        _recount_forward_passes(checkpoint, trainer.accumulate_grad_batches)
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -137,6 +143,11 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         if trainer.state.fn != TrainerFn.FITTING:  # the validation before the first step
             return
         loss = trainer.callback_metrics["val/loss"].item()
+        if math.isfinite(loss):  # NaN compares with nothing: no later loss would be the lowest
+            self._save_if_among_best(trainer, loss)
+        self._end_step(trainer)
+
+    def _save_if_among_best(self, trainer: pl.Trainer, loss: float) -> None:
         is_best = loss < self.best_loss
         self.best_loss = min(loss, self.best_loss)
         among_best = self._enter(f"best-step-{self._step}.ckpt", loss)
@@ -146,7 +157,6 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
                 self._link(self.best, self.best.with_name(among_best))
         elif among_best is not None:
             self._save(trainer, self.best.with_name(among_best))
-        self._end_step(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -233,6 +243,18 @@ class RunCheckpoint(pl.callbacks.Checkpoint):
         rank, size = data_parallel_rank(trainer)
         if size > 1:
             seed_rank(self.config.get("seed", 0), trainer.global_step, rank)
+
+
+def _recount_forward_passes(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Makes Lightning's counters those of a run that has always made so many forward passes per step.
+
+    By them it knows which forward pass is the last of a step, and when validation is due. They are of the end of a
+    step, and another batch size or number of devices can make a step of as many samples in more or fewer passes.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counters in (progress["total"], progress["current"]):
+        more = checkpoint["global_step"] * accumulate - counters["ready"]
+        counters.update({name: count + more for name, count in counters.items()})
 
 
 def _once(function: Callable[[], None]) -> None:

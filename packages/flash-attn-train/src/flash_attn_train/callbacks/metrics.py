@@ -105,12 +105,13 @@ class Metrics(pl.Callback):
         assert self._seen is not None
         self._seen.update(batch)
         self._unit = _unit_of(batch)
+        # Lightning has divided it by the number of forward passes of a step already.
         self._loss = outputs["loss"] if self._loss is None else self._loss + outputs["loss"]
         if trainer.global_step == self._step:  # gradients are still being accumulated
             return
         self._step = trainer.global_step
         if is_record_due(trainer, self._step, self.every_n_steps):
-            self._record(trainer, pl_module, self._loss / trainer.accumulate_grad_batches)
+            self._record(trainer, pl_module, self._loss)
         self._loss = None
 
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:

@@ -28,6 +28,7 @@ from flash_attn_train.configs.task import (
     SequenceClassificationConfig,
     TaskConfig,
 )
+from flash_attn_train.configs.unread import check_read
 
 __all__ = [
     "AdamWConfig",
@@ -57,4 +58,5 @@ __all__ = [
     "TrainerConfig",
     "ViTModelConfig",
     "check_config",
+    "check_read",
 ]

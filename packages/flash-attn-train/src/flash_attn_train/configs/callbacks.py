@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass, field
 
-from flash_attn_train.configs.option import option
+from flash_attn_train.configs.option import option, read_with, where
 
 
 @dataclass
@@ -76,12 +76,25 @@ class EarlyStoppingConfig:
 class CallbacksConfig:
     """What watches a run."""
 
-    ema: EMAConfig = field(default_factory=EMAConfig)
-    speed: SpeedConfig = field(default_factory=SpeedConfig)
-    norms: NormsConfig = field(default_factory=NormsConfig)
-    causality: CausalityConfig = field(default_factory=CausalityConfig)
-    nan_guard: NaNGuardConfig = field(default_factory=NaNGuardConfig)
-    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    ema: EMAConfig = field(
+        default_factory=EMAConfig, metadata=read_with(where("callbacks.ema.enabled", True))
+    )
+    speed: SpeedConfig = field(
+        default_factory=SpeedConfig, metadata=read_with(where("callbacks.speed.enabled", True))
+    )
+    norms: NormsConfig = field(
+        default_factory=NormsConfig, metadata=read_with(where("callbacks.norms.enabled", True))
+    )
+    causality: CausalityConfig = field(
+        default_factory=CausalityConfig, metadata=read_with(where("callbacks.causality.enabled", True))
+    )
+    nan_guard: NaNGuardConfig = field(
+        default_factory=NaNGuardConfig, metadata=read_with(where("trainer.nan", "skip"))
+    )
+    early_stopping: EarlyStoppingConfig = field(
+        default_factory=EarlyStoppingConfig,
+        metadata=read_with(where("callbacks.early_stopping.enabled", True)),
+    )
     loss_scale: bool = option(True, "with trainer.precision=16-mixed, log the loss scale")
     gpu_affinity: bool = option(
         False, "run each process on the CPU cores next to its GPU; needs flash-attn-train[nvml]"

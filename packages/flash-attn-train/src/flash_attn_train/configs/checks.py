@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flash_attn_train.configs.fit import check_together
+from flash_attn_train.configs.option import Condition
 from flash_attn_train.configs.schema import TrainConfig
 from flash_attn_train.errors import ConfigError
 
@@ -47,19 +48,27 @@ def describe_type(annotation: Any) -> str:
     return _TYPE_NAMES[annotation]
 
 
-def options(schema: Any = TrainConfig, prefix: str = "") -> Iterator[Option]:
-    """Every leaf option in order, with dotted keys: of a config, or of a config class with its default variants."""
+def options(
+    schema: Any = TrainConfig, prefix: str = "", read: tuple[Condition, ...] = ()
+) -> Iterator[Option]:
+    """Every leaf option in order, with dotted keys: of a config, or of a config class with its default variants.
+
+    Args:
+        prefix: of the keys.
+        read: conditions of the section that ``schema`` is, which come before those of each option.
+    """
     hints = typing.get_type_hints(schema if isinstance(schema, type) else type(schema))
     for item in dataclasses.fields(schema):
         annotation = hints[item.name]
         if dataclasses.is_dataclass(annotation):
             section = typing.cast(Callable, item.default_factory)() if isinstance(schema, type) else None
             chosen = getattr(schema, item.name) if section is None else type(section)
-            yield from options(chosen, f"{prefix}{item.name}.")
+            yield from options(chosen, f"{prefix}{item.name}.", (*read, *item.metadata.get("read", ())))
         else:
             factory = item.default_factory
             default = item.default if factory is dataclasses.MISSING else factory()
-            yield Option(prefix + item.name, annotation, default, item.metadata)
+            metadata = {**item.metadata, "read": (*read, *item.metadata["read"])}
+            yield Option(prefix + item.name, annotation, default, metadata)
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass
 
-from flash_attn_train.configs.option import option
+from flash_attn_train.configs.option import option, unless, where
 
 
 @dataclass
@@ -12,7 +12,9 @@ class DataConfig:
     """What every kind of data has."""
 
     cache_dir: str | None = option(
-        None, "where prepared data are kept; null: flash-attn-train in the user's cache folder"
+        None,
+        "where prepared data are kept; null: flash-attn-train in the user's cache folder",
+        where("data", "text", "hub_text"),
     )
     num_workers: int = option(
         0, "processes that assemble batches; 0: the training process itself", at_least=0
@@ -23,7 +25,13 @@ class DataConfig:
 class CorpusDataConfig(DataConfig):
     """Text of any source, for the tasks that need nothing but text."""
 
-    val_fraction: float = option(0.05, "share of the documents held out for validation", above=0.0, below=1.0)
+    val_fraction: float = option(
+        0.05,
+        "share of the documents held out for validation",
+        where("data.val_split", None),
+        above=0.0,
+        below=1.0,
+    )
     text_field: str = option("text", "field of a record (JSONL, Parquet, CSV, TSV, hub) that has the text")
     detokenizer: str = option(
         "none",
@@ -41,7 +49,9 @@ class TextDataConfig(CorpusDataConfig):
         None, "file, or folder read recursively; null: the source of Python's standard library"
     )
     suffixes: list[str] = option(
-        [], "in a folder, read only names with these endings, e.g. [.txt,.md]; []: all text"
+        [],
+        "in a folder, read only names with these endings, e.g. [.txt,.md]; []: all text",
+        unless("data.path", equal=None),
     )
 
 
@@ -77,8 +87,15 @@ class LabelledTextDataConfig(DataConfig):
     text_field: str = option("text", "field with the text")
     label_field: str = option("label", "field with the label, a text or a whole number")
     val_fraction: float = option(
-        0.1, "share of the rows held out for validation, by the hash of the text", above=0.0, below=1.0
+        0.1,
+        "share of the rows held out for validation, by the hash of the text",
+        where("data.val_path", None),
+        above=0.0,
+        below=1.0,
     )
+
+
+_TRAINED_HERE = (where("tokenizer.name", None), where("tokenizer.path", None))
 
 
 @dataclass
@@ -97,15 +114,17 @@ class TokenizerConfig:
     vocab_size: int = option(
         4096,
         "of a tokenizer trained here: largest vocabulary, special tokens included",
+        *_TRAINED_HERE,
         at_least=257,
         at_most=2**31 - 1,
     )
     min_frequency: int = option(
-        2, "of a tokenizer trained here: pairs seen less often are never merged", at_least=1
+        2, "of a tokenizer trained here: pairs seen less often are never merged", *_TRAINED_HERE, at_least=1
     )
     train_characters: int = option(
         1_000_000_000,
         "of a tokenizer trained here: trained on the first documents, up to so many characters",
+        *_TRAINED_HERE,
         at_least=1,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flash_attn_train.configs.data import TextDataConfig
+from flash_attn_train.configs.data import HubTextDataConfig, TextDataConfig
 from flash_attn_train.configs.model import (
     BertModelConfig,
     GPTModelConfig,
@@ -34,9 +34,10 @@ def check_together(config: TrainConfig) -> None:
     _check_task(config)
     _check_shape(config.model)
     _check_batch(config)
+    _check_length(config)
     _check_schedule(config)
     _check_activation_checkpointing(config)
-    _check_path(config)
+    _check_paths(config)
 
 
 def _check_task(config: TrainConfig) -> None:
@@ -87,8 +88,31 @@ def _check_batch(config: TrainConfig) -> None:
         )
 
 
+def _check_length(config: TrainConfig) -> None:
+    trainer, data = config.trainer, config.data
+    if trainer.max_epochs is None:
+        if trainer.max_steps < 1:
+            raise ConfigError(
+                f"trainer.max_steps: got {trainer.max_steps}, expected a whole number, at least 1; or -1 with "
+                "trainer.max_epochs."
+            )
+        return
+    if trainer.max_steps != -1:
+        raise ConfigError(
+            f"trainer.max_steps: got {trainer.max_steps} with trainer.max_epochs={trainer.max_epochs}, expected one of "
+            "the two. Set trainer.max_steps=-1 for the epochs, or trainer.max_epochs=null for the steps."
+        )
+    if isinstance(data, HubTextDataConfig) and data.streaming:
+        raise ConfigError(
+            f"trainer.max_epochs: got {trainer.max_epochs} with data.streaming=true, whose length is not known; "
+            "expected trainer.max_steps."
+        )
+
+
 def _check_schedule(config: TrainConfig) -> None:
     scheduler = config.scheduler
+    if scheduler.decay_steps is None and config.trainer.max_epochs is not None:
+        return  # it is checked when the data have said how many steps that is
     decay_steps = scheduler.decay_steps or config.trainer.max_steps
     if scheduler.warmup_steps is not None and scheduler.warmup_steps > decay_steps:
         raise ConfigError(
@@ -106,8 +130,8 @@ def _check_activation_checkpointing(config: TrainConfig) -> None:
         )
 
 
-def _check_path(config: TrainConfig) -> None:
-    """An empty path would be the folder that the command runs in."""
+def _check_paths(config: TrainConfig) -> None:
+    """Empty ones would be the folder that the command runs in."""
     if (
         isinstance(config.data, TextDataConfig)
         and config.data.path is not None
@@ -117,3 +141,5 @@ def _check_path(config: TrainConfig) -> None:
             f"data.path: got {config.data.path!r}, expected a file or folder of text; or null, for the source of "
             "Python's standard library."
         )
+    if not config.output_dir.strip():
+        raise ConfigError(f"output_dir: got {config.output_dir!r}, expected a folder, such as runs/mine.")

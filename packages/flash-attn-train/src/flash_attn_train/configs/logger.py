@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass, field
 
-from flash_attn_train.configs.option import option
+from flash_attn_train.configs.option import option, read_with, where
 
 
 @dataclass
@@ -50,6 +50,12 @@ class LoggerConfig:
         10, "steps between records of training loss, rate, gradient norm and speed", at_least=1
     )
     tensorboard: bool = option(True, "also write TensorBoard event files")
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    mlflow: MLflowConfig = field(default_factory=MLflowConfig)
-    comet: CometConfig = field(default_factory=CometConfig)
+    wandb: WandbConfig = field(
+        default_factory=WandbConfig, metadata=read_with(where("logger.wandb.enabled", True))
+    )
+    mlflow: MLflowConfig = field(
+        default_factory=MLflowConfig, metadata=read_with(where("logger.mlflow.enabled", True))
+    )
+    comet: CometConfig = field(
+        default_factory=CometConfig, metadata=read_with(where("logger.comet.enabled", True))
+    )

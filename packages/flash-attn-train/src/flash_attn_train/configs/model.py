@@ -5,9 +5,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from flash_attn_train.configs.option import option
+from flash_attn_train.configs.option import option, unless, where
 
 _ACTIVATIONS = ("gelu_tanh", "gelu", "relu", "swiglu")
+_ROTARY = where("model.position", "rotary")
 
 
 @dataclass
@@ -21,6 +22,7 @@ class ModelConfig:
     warm_start_skip: list[str] = option(
         [],
         "patterns of parameters that keep their random weights, such as [head.*] for a head of another size",
+        unless("model.warm_start", equal=None),
     )
 
 
@@ -42,11 +44,14 @@ class GPTModelConfig(ModelConfig):
     norm_eps: float = option(1e-5, "added to the variance in the normalisation", above=0.0)
     qk_norm: bool = option(False, "normalise queries and keys")
     position: str = option("learned", "position information", choices=("learned", "rotary", "alibi"))
-    rotary_base: float = option(10000.0, "base of the rotary frequencies", above=0.0)
-    rotary_fraction: float = option(1.0, "share of each head that is rotated", above=0.0, at_most=1.0)
+    rotary_base: float = option(10000.0, "base of the rotary frequencies", _ROTARY, above=0.0)
+    rotary_fraction: float = option(
+        1.0, "share of each head that is rotated", _ROTARY, above=0.0, at_most=1.0
+    )
     rotary_scaling: dict[str, Any] = option(
         {},
         "rescaled rotary frequencies, e.g. {kind: linear, factor: 4.0}, see flash_attn_models' RotaryScaling",
+        _ROTARY,
     )
     window: int | None = option(None, "tokens each token sees, itself among them; null: all", at_least=1)
     qkv_bias: bool = option(True, "bias in the query, key and value projections")

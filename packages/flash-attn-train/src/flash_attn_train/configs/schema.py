@@ -15,7 +15,7 @@ from flash_attn_train.configs.logger import LoggerConfig
 from flash_attn_train.configs.metrics import MetricsConfig
 from flash_attn_train.configs.model import GPTModelConfig, ModelConfig
 from flash_attn_train.configs.optimizer import AdamWConfig, OptimizerConfig
-from flash_attn_train.configs.option import option
+from flash_attn_train.configs.option import option, read_with, unless, where
 from flash_attn_train.configs.scheduler import CosineConfig, SchedulerConfig
 from flash_attn_train.configs.strategy import SingleDeviceConfig, StrategyConfig
 from flash_attn_train.configs.task import LanguageModelConfig, TaskConfig
@@ -25,7 +25,10 @@ from flash_attn_train.configs.task import LanguageModelConfig, TaskConfig
 class TrainerConfig:
     """Length, batch, devices and number format of the run."""
 
-    max_steps: int = option(500, "optimizer steps", at_least=1)
+    max_steps: int = option(500, "optimizer steps; -1: as many as max_epochs takes", at_least=-1)
+    max_epochs: float | None = option(
+        None, "passes over the training data, a fraction too, with max_steps=-1; null: max_steps", above=0.0
+    )
     batch_size: int = option(16, "samples per forward pass and device", at_least=1)
     global_batch_size: int | None = option(
         None,
@@ -54,6 +57,12 @@ class TrainerConfig:
         "compute again in the backward pass, to save memory: whole layers (a third more computation); or of a GPT "
         "only attention or only the MLP",
         choices=("none", "layers", "attention", "mlp"),
+    )
+    profiler: str = option(
+        "none",
+        "Lightning's profiler, which writes into profiler/ of the run folder: simple (time of each hook), advanced (of "
+        "each Python function), pytorch (a trace of operators and kernels in a few steps, for Perfetto)",
+        choices=("none", "simple", "advanced", "pytorch"),
     )
     nan: str = option(
         "stop", "at a loss that is not finite: stop the run, or skip the step", choices=("stop", "skip")
@@ -84,16 +93,25 @@ class CheckpointConfig:
     )
 
 
+_SAMPLED = unless("generation.temperature", equal=0.0)
+
+
 @dataclass
 class GenerationConfig:
     """The sample printed at the end."""
 
     prompt: str | None = option(None, "text to continue; null: one that suits the corpus")
-    max_new_tokens: int = option(160, "tokens to generate; 0: no sample", at_least=0)
+    max_new_tokens: int = option(160, "tokens to generate; 0: no sample", at_least=0, off=0)
     temperature: float = option(0.8, "0: the most likely token always; higher: more varied", at_least=0.0)
-    top_k: int | None = option(50, "sample from the k most likely tokens only; null: from all", at_least=1)
+    top_k: int | None = option(
+        50, "sample from the k most likely tokens only; null: from all", _SAMPLED, at_least=1
+    )
     top_p: float | None = option(
-        None, "sample from the smallest set with this probability; null: from all", above=0.0, at_most=1.0
+        None,
+        "sample from the smallest set with this probability; null: from all",
+        _SAMPLED,
+        above=0.0,
+        at_most=1.0,
     )
 
 
@@ -118,7 +136,10 @@ class TrainConfig:
     task: TaskConfig = field(default_factory=LanguageModelConfig)
     model: ModelConfig = field(default_factory=GPTModelConfig)
     data: DataConfig = field(default_factory=TextDataConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    tokenizer: TokenizerConfig = field(
+        default_factory=TokenizerConfig,
+        metadata=read_with(where("task", "language_model", "masked_lm", "sequence_classification")),
+    )
     optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
     scheduler: SchedulerConfig = field(default_factory=CosineConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -127,4 +148,11 @@ class TrainConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    generation: GenerationConfig = field(
+        default_factory=GenerationConfig,
+        metadata=read_with(
+            where("task", "language_model"),
+            where("model", "gpt"),
+            unless("generation.max_new_tokens", equal=0),
+        ),
+    )

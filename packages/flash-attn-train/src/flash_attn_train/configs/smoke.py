@@ -19,6 +19,7 @@ from flash_attn_train.configs.model import (
 )
 from flash_attn_train.configs.scheduler import SchedulerConfig, WSDConfig
 from flash_attn_train.configs.schema import TrainConfig
+from flash_attn_train.configs.unread import reset_unread
 from flash_attn_train.errors import ConfigError
 
 _SEQLEN = 64
@@ -45,6 +46,7 @@ def smoke(config: TrainConfig, *, keep: Iterable[str] = ()) -> TrainConfig:
         ConfigError: a key to be kept means nothing for the data that are used instead of the config's.
     """
     small = _shrink(config)
+    reset_unread(small)
     for key in keep:
         _carry(config, small, key)
     return small
@@ -73,6 +75,7 @@ def _shrink(config: TrainConfig) -> TrainConfig:
     trainer = dataclasses.replace(
         config.trainer,
         max_steps=4,
+        max_epochs=None,
         batch_size=2,
         global_batch_size=None,
         accumulate_grad_batches=1,

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from flash_attn_train.configs.callbacks import CallbacksConfig
 from flash_attn_train.configs.checks import Option, options
@@ -79,14 +79,35 @@ def all_options() -> tuple[tuple[str, tuple[Option, ...]], ...]:
     for item in sections:
         assert isinstance(item.type, type)
         variants = SCHEMAS.get(item.name, {})
+        read = item.metadata.get("read", ())
         if len(variants) > 1:
             found += [
-                (f"{item.name}.{name}", tuple(options(schema, f"{item.name}.")))
+                (f"{item.name}.{name}", tuple(options(schema, f"{item.name}.", read)))
                 for name, schema in variants.items()
             ]
         else:
-            found.append((item.name, tuple(options(item.type, f"{item.name}."))))
+            found.append((item.name, tuple(options(item.type, f"{item.name}.", read))))
     return tuple(found)
+
+
+def every_option() -> list[Option]:
+    """As :func:`all_options`, in one list: a key that variants share comes with each."""
+    return [option for _, section in all_options() for option in section]
+
+
+def mappings() -> tuple[str, ...]:
+    """Beginnings of the keys of mappings, such as "model.config."."""
+    return tuple(f"{option.key}." for option in every_option() if get_origin(option.type) is dict)
+
+
+def describe_entries(config: TrainConfig) -> str:
+    """The entries whose classes the config has, as arguments of the command line: what its keys alone do not say."""
+    chosen = {
+        group: next(name for name, schema in variants.items() if schema is type(getattr(config, group)))
+        for group, variants in SCHEMAS.items()
+        if len(variants) > 1
+    }
+    return " ".join(f"{group}={name}" for group, name in chosen.items())
 
 
 def compose(overrides: Sequence[str], folders: Sequence[Path] = ()) -> Any:
@@ -95,9 +116,12 @@ def compose(overrides: Sequence[str], folders: Sequence[Path] = ()) -> Any:
     Raises what Hydra and OmegaConf raise.
     """
     import hydra
+    from hydra.core.override_parser.types import Quote, QuotedString
 
     _register()
-    more = [f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in folders)}]"]
+    # In quotes: the path of a folder may have commas.
+    places = [QuotedString(text=f"file://{folder.resolve()}", quote=Quote.double) for folder in folders]
+    more = [f"hydra.searchpath=[{','.join(place.with_quotes() for place in places)}]"]
     with hydra.initialize_config_dir(version_base=None, config_dir=str(FOLDER)):
         return hydra.compose("train", overrides=[*overrides, *(more if folders else [])])
 

@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass
 
-from flash_attn_train.configs.option import option
+from flash_attn_train.configs.option import option, unless
 
 
 @dataclass
@@ -52,7 +52,11 @@ class ImageClassificationConfig(TaskConfig):
     mixup_alpha: float = option(0.0, "parameter of mixup's Beta distribution; 0: no mixup", at_least=0.0)
     cutmix_alpha: float = option(0.0, "parameter of cutmix's Beta distribution; 0: no cutmix", at_least=0.0)
     mix_probability: float = option(
-        1.0, "share of batches that are mixed, where mixup or cutmix is on", at_least=0.0, at_most=1.0
+        1.0,
+        "share of batches that are mixed, where mixup or cutmix is on",
+        unless("task.mixup_alpha", "task.cutmix_alpha", equal=0.0),
+        at_least=0.0,
+        at_most=1.0,
     )
 
 

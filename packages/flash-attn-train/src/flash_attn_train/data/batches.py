@@ -8,10 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from flash_attn_train.data.permutation import permute
 from flash_attn_train.data.share import Share
-
-__all__ = ["Batch", "CountFrom", "Samples", "TrainBatches", "ValidationBatches", "permute"]
 
 Batch = dict[str, Any]
 

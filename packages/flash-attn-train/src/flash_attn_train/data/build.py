@@ -32,7 +32,7 @@ from flash_attn_train.data.open_source import open_source
 from flash_attn_train.data.permutation import EpochOrder, Order, SpreadOrder
 from flash_attn_train.data.prepare import PreparedData, check_length, prepare_data, tokenizer_of
 from flash_attn_train.data.source import TextSource
-from flash_attn_train.data.special_tokens import encoder_tokens, special_tokens
+from flash_attn_train.data.special_tokens import encoder_tokens, special_tokens, vocab_size_of
 from flash_attn_train.data.streaming import stream_data
 from flash_attn_train.data.windows import TrainWindows, ValidationWindows
 from flash_attn_train.errors import ConfigError, DataError
@@ -100,7 +100,7 @@ def _(data: LabelledTextDataConfig, config: TrainConfig) -> DataModule:
         lines=lines,
         tokenizer=tokenizer,
         end_of_text_id=special.end_of_text,
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=vocab_size_of(tokenizer),
         label_names=names,
     )
     return DataModule(samples[0], samples[1], facts, config)

@@ -18,6 +18,7 @@ from flash_attn_train.data.permutation import Order
 from flash_attn_train.data.records import RECORD_SUFFIXES, is_record_file, read_records
 from flash_attn_train.data.source import is_held_out
 from flash_attn_train.data.special_tokens import SpecialTokens, encoder_tokens
+from flash_attn_train.data.tokenizer import encode_texts
 from flash_attn_train.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ def sorted_names(labels: Sequence[str]) -> list[str]:
     """The different labels, in the order of their class numbers: numerical if all are whole numbers, else that of
     their characters."""
     names = set(labels)
-    if all(name.lstrip("-").isdecimal() for name in names):
-        return sorted(names, key=int)
+    if all(name.removeprefix("-").isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
 
 
@@ -102,7 +103,7 @@ class LabelledTokens:
             )
         number = {name: place for place, name in enumerate(names)}
         self.labels = np.array([number[label] for label in rows.labels], np.int64)
-        encodings = tokenizer.encode_batch_fast(rows.texts, add_special_tokens=False)
+        encodings = encode_texts(tokenizer, rows.texts)
         self.ids = [np.array(encoding.ids[:length], np.int32) for encoding in encodings]
 
     def __len__(self) -> int:

@@ -40,15 +40,20 @@ class Document:
         """The text, read again.
 
         Raises:
-            DataError: the file went away or was changed into something else since it was found.
+            DataError: the file went away or has changed since it was found.
         """
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.start)
-                return file.read(self.stop - self.start).decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            what = getattr(error, "strerror", None) or error
-            raise DataError(f"data.path: cannot read {self.path}: {what}.") from error
+                content = file.read(self.stop - self.start)
+        except OSError as error:
+            raise DataError(f"data.path: cannot read {self.path}: {error.strerror}.") from error
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise DataError(
+                f"data.path: {self.path} has changed since it was found; expected that nothing writes to it while it "
+                "is read. Start again when it is complete."
+            )
+        return content.decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,8 @@ class Corpus:
         digest = hashlib.sha256()
         for split, documents in (("train", self.train), ("validation", self.validation)):
             for document in documents:
-                digest.update(f"{split}\0{document.name}\0{document.sha256}\n".encode())
+                line = f"{split}\0{document.name}\0{document.sha256}\n"
+                digest.update(line.encode("utf-8", "surrogatepass"))  # names need not be UTF-8
         return digest.hexdigest()
 
 
@@ -140,7 +146,7 @@ def read_corpus(path: str | None, *, suffixes: list[str] | None = None, val_frac
 
 
 def files_under(root: Path, suffixes: list[str], skipped_folders: set[str]) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_cannot_list):
         subfolders[:] = sorted(
             name
             for name in subfolders
@@ -149,6 +155,10 @@ def files_under(root: Path, suffixes: list[str], skipped_folders: set[str]) -> I
         for name in sorted(names):
             if not name.startswith(".") and (not suffixes or name.endswith(tuple(suffixes))):
                 yield Path(folder, name)
+
+
+def _cannot_list(error: OSError) -> None:
+    raise DataError(f"data.path: cannot read {error.filename}: {error.strerror}.") from error
 
 
 def _is_text(content: bytes) -> bool:
@@ -170,7 +180,7 @@ def _read_documents(root: Path, files: Iterator[Path]) -> tuple[list[Document], 
         name = file.relative_to(root).as_posix()
         content = _read(file)
         if not _is_text(content):
-            skipped.append(name)
+            skipped.append(os.fsencode(name).decode("utf-8", "replace"))  # to be printed
         elif content.strip():
             sha256 = hashlib.sha256(content).hexdigest()
             documents.setdefault(sha256, Document(file, name, 0, len(content), sha256))

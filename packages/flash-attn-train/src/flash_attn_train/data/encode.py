@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flash_attn_train.data.tokenizer import pieces
+from flash_attn_train.data.tokenizer import encode_texts, pieces
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -43,7 +43,7 @@ def encode_documents(
     """Encodes documents in order; the result does not depend on the number of cores."""
 
     def encode(group: list[tuple[str, bool]]) -> list[Encoding]:
-        return tokenizer.encode_batch_fast([piece for piece, _ in group], add_special_tokens=False)
+        return encode_texts(tokenizer, [piece for piece, _ in group])
 
     with ThreadPoolExecutor(1) as pool:
         pending: tuple[list[tuple[str, bool]], Future[list[Encoding]]] | None = None

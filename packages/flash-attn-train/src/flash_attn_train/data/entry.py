@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flash_attn_train.atomic import atomic_write
 from flash_attn_train.data.token_file import corrupt, read_header
 from flash_attn_train.data.tokens import Tokens
-from flash_attn_train.data.verified import forget_verified, open_verified
+from flash_attn_train.data.verified import open_verified, open_verified_anew
 
 TOKENIZER = "tokenizer.json"
 ENTRY = "entry.json"
+
+# Of entry.json itself; entries of earlier versions have none.
+_CHECKSUM = "facts_sha256"
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,14 @@ def split_facts(folder: Path, shards: list[str], offsets: str, num_bytes: int) -
     }
 
 
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes entry.json: the facts, and their checksum."""
+    with atomic_write(folder / ENTRY) as file:
+        file.write(json.dumps({**facts, _CHECKSUM: _sha256_of(facts)}, indent=2).encode())
+
+
 def read_entry(entry: Path) -> dict[str, Any]:
-    """The facts of an entry, after checking its tokenizer against them.
+    """The facts of an entry, after checking them and its tokenizer.
 
     Raises:
         DataError: the entry is damaged.
@@ -63,24 +74,36 @@ def read_entry(entry: Path) -> dict[str, Any]:
         raise corrupt(path, f"or {TOKENIZER} beside it cannot be read ({error})") from error
     if hashlib.sha256(tokenizer).hexdigest() != expected:
         raise corrupt(entry / TOKENIZER, "does not match its checksum")
+    checksum = facts.pop(_CHECKSUM, None)
+    if checksum is not None and checksum != _sha256_of(facts):
+        raise corrupt(path, "does not match its checksum")
     return facts
 
 
-def open_splits(entry: Path, facts: dict[str, Any]) -> dict[str, SplitTokens]:
-    """Opens the token files, each verified as :mod:`flash_attn_train.data.verified` says.
+def _sha256_of(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def open_splits(
+    entry: Path, facts: dict[str, Any], *, open_file: Callable[[Path], np.ndarray] = open_verified
+) -> dict[str, SplitTokens]:
+    """Opens the token files, each verified as :mod:`flash_attn_train.data.verified` says, or by ``open_file``.
 
     Raises:
         DataError: a file is missing, damaged, or not the one that was written with the entry.
     """
     splits = {}
-    for split, fact in facts["splits"].items():
-        arrays = {}
-        for name, sha256 in fact["sha256"].items():
-            if read_header(entry / name).sha256 != sha256:
-                raise corrupt(entry / name, f"does not match its checksum in {ENTRY}")
-            arrays[name] = open_verified(entry / name)
-        tokens = Tokens([arrays[name] for name in fact["shards"]])
-        splits[split] = SplitTokens(tokens, arrays[fact["offsets"]], fact["bytes"])
+    try:
+        for split, fact in facts["splits"].items():
+            arrays = {}
+            for name, sha256 in fact["sha256"].items():
+                if read_header(entry / name).sha256 != sha256:
+                    raise corrupt(entry / name, f"does not match its checksum in {ENTRY}")
+                arrays[name] = open_file(entry / name)
+            tokens = Tokens([arrays[name] for name in fact["shards"]])
+            splits[split] = SplitTokens(tokens, arrays[fact["offsets"]], fact["bytes"])
+    except KeyError as error:  # of an earlier version's facts, which had no checksum
+        raise corrupt(entry / ENTRY, f"does not have {error}") from error
     return splits
 
 
@@ -97,8 +120,6 @@ def verify_entry(entry: Path) -> int:
         DataError: a file is missing, damaged or changed.
     """
     facts = read_entry(entry)
+    open_splits(entry, facts, open_file=open_verified_anew)
     names = [name for fact in facts["splits"].values() for name in fact["sha256"]]
-    for name in names:
-        forget_verified(entry / name)
-    open_splits(entry, facts)
     return sum((entry / name).stat().st_size for name in names)

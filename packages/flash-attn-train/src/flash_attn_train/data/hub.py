@@ -11,7 +11,8 @@ from typing import Any
 
 from flash_attn_train.configs.data import HubTextDataConfig
 from flash_attn_train.data.extras import require
-from flash_attn_train.data.source import is_held_out
+from flash_attn_train.data.prepare import cache_folder
+from flash_attn_train.data.source import checked_text, is_held_out
 from flash_attn_train.errors import ConfigError, DataError
 
 _READ_ROWS = 1000
@@ -54,8 +55,13 @@ class HubCorpus:
 
     def fingerprint(self) -> str:
         """SHA-256 of the dataset's name and revision, and of what makes documents and splits of it; for a folder, also
-        of its files' names, lengths and modification times. Without data.revision, what is newest on the hub when a
-        dataset is prepared stays until it is prepared anew."""
+        of its files' names, lengths and modification times, as they are when it is first asked for. Without
+        data.revision, what is newest on the hub when a dataset is prepared stays until it is prepared anew."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        # Once: what reads a dataset may write beside it.
         config = self.config
         parts: list[object] = [
             config.name,
@@ -65,9 +71,10 @@ class HubCorpus:
             config.val_split,
         ]
         parts += [config.text_field, config.rows, None if config.val_split else config.val_fraction]
-        folder = Path(config.name).expanduser()
+        folder, cache = Path(config.name).expanduser().resolve(), cache_folder(config.cache_dir).resolve()
         for file in sorted(folder.rglob("*")) if folder.is_dir() else []:
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts):
+            is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if file.is_file() and not is_hidden and cache not in file.parents:
                 status = file.stat()
                 parts.append((file.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
         return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -75,10 +82,10 @@ class HubCorpus:
     def texts(self, split: str) -> Iterator[str]:
         field, dataset = self.config.text_field, self.splits[split]
         rows = (
-            text
+            checked_text(value, field, self.title)
             for batch in dataset.select_columns([field]).iter(_READ_ROWS)
-            for text in batch[field]
-            if text
+            for value in batch[field]
+            if value is not None
         )
         for text in documents(rows, self.config.rows):
             if self.config.val_split or is_held_out(text, self.config.val_fraction) == (

@@ -7,9 +7,9 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +24,28 @@ from flash_attn_train.data.cache_lock import cache_lock
 from flash_attn_train.data.detokenizers import DETOKENIZERS
 from flash_attn_train.data.encode import encode_documents
 from flash_attn_train.data.entry import (
-    ENTRY,
     TOKENIZER,
     SplitTokens,
     content_key,
     open_splits,
     read_entry,
     split_facts,
+    write_facts,
 )
 from flash_attn_train.data.source import SPLITS, TextSource
-from flash_attn_train.data.special_tokens import ENCODER_TOKENS, SpecialTokens, special_tokens
-from flash_attn_train.data.token_file import FORMAT_VERSION, OFFSET_DTYPE, token_dtype, write_token_file
+from flash_attn_train.data.special_tokens import (
+    ENCODER_TOKENS,
+    SpecialTokens,
+    special_tokens,
+    vocab_size_of,
+)
+from flash_attn_train.data.token_file import (
+    FORMAT_VERSION,
+    OFFSET_DTYPE,
+    corrupt,
+    token_dtype,
+    write_token_file,
+)
 from flash_attn_train.data.tokenizer import load_tokenizer, pretrained_tokenizer, train_tokenizer
 from flash_attn_train.data.tokens import Tokens, write_shards
 from flash_attn_train.errors import ConfigError, DataError
@@ -64,7 +75,7 @@ class PreparedData:
 
     @property
     def vocab_size(self) -> int:
-        return self.tokenizer.get_vocab_size()
+        return vocab_size_of(self.tokenizer)
 
 
 def default_cache_dir() -> Path:
@@ -101,7 +112,8 @@ def prepare_data(
 
     Raises:
         ConfigError: both a name and a path of a tokenizer are given.
-        DataError: the text cannot be read, the cache cannot be written, an entry is damaged, or a split is too short.
+        DataError: the text cannot be read or changes meanwhile, the cache cannot be written, an entry is damaged, or
+            a split is too short.
     """
     root = cache_folder(cache_dir)
     pretrained = _pretrained(tokenizer_config)
@@ -125,17 +137,30 @@ def prepare_data(
         _build_once(_Build(source, tokenizer_config, pretrained, detokenizer, for_encoder, settings), entry)
     facts = read_entry(entry)
     tokenizer = load_tokenizer(entry / TOKENIZER)
+    splits = open_splits(entry, facts)
+    _check_width(entry, facts, splits, vocab_size_of(tokenizer))
     data = PreparedData(
         tokenizer,
         entry / TOKENIZER,
         special_tokens(tokenizer, end_of_text=tokenizer_config.end_of_text),
-        open_splits(entry, facts),
+        splits,
         content_key(facts),
         from_cache,
     )
     if seqlen is not None:
         check_length(data, source.title, seqlen)
     return data
+
+
+def _check_width(entry: Path, facts: dict[str, Any], splits: dict[str, SplitTokens], vocab_size: int) -> None:
+    # Earlier versions went by the number of tokens, and cut the ids of a vocabulary with gaps.
+    for split, tokens in splits.items():
+        width = tokens.tokens.dtype.itemsize
+        if width < token_dtype(vocab_size).itemsize:
+            raise corrupt(
+                entry / facts["splits"][split]["shards"][0],
+                f"has {width} bytes per token, too few for a vocabulary of {vocab_size:,}",
+            )
 
 
 def check_length(data: PreparedData, title: str, seqlen: int) -> None:
@@ -182,8 +207,13 @@ def cached_tokenizer(config: TokenizerConfig, texts: Callable[[], Iterator[str]]
     with cache_lock(file.parent, file.name):
         if not file.is_file():
             trained = tokenizer_of(config, texts)
-            with atomic_write(file) as writing:
-                writing.write(trained.to_str(pretty=True).encode())
+            try:
+                with atomic_write(file) as writing:
+                    writing.write(trained.to_str(pretty=True).encode())
+            except OSError as error:
+                if not _is_disk_full(error):
+                    raise
+                raise _disk_full(file.parent, error) from error
     return load_tokenizer(file)
 
 
@@ -225,30 +255,47 @@ def _building_prefix(entry: Path) -> str:
 
 
 def _build(build: _Build, entry: Path) -> None:
-    building = Path(tempfile.mkdtemp(prefix=_building_prefix(entry), suffix=".tmp", dir=entry.parent))
+    # Not by tempfile, whose folders nobody else may read.
+    building = entry.with_name(f"{_building_prefix(entry)}{secrets.token_hex(4)}.tmp")
     try:
+        building.mkdir()
         detokenize = DETOKENIZERS[build.detokenizer]
         tokenizer = build.pretrained or tokenizer_of(
             build.tokenizer_config,
             lambda: map(detokenize, build.source.texts("train")),
             for_encoder=build.for_encoder,
         )
-        tokenizer.save(str(building / TOKENIZER))
+        saved_tokenizer = tokenizer.to_str(pretty=True).encode()
+        with atomic_write(building / TOKENIZER) as file:
+            file.write(saved_tokenizer)
         facts = {
             "settings": build.settings,
-            "tokenizer_sha256": _sha256((building / TOKENIZER).read_bytes()),
+            "tokenizer_sha256": _sha256(saved_tokenizer),
             "splits": {split: _write_split(build, tokenizer, building, split) for split in SPLITS},
         }
-        with atomic_write(building / ENTRY) as file:
-            file.write(json.dumps(facts, indent=2).encode())
+        _check_unchanged(build)
+        write_facts(building, facts)
         try:
             building.rename(entry)
         except OSError:
             if not entry.is_dir():  # else another machine, of a shared folder without locks, was first
                 raise
         sync_folder(entry.parent)
+    except OSError as error:
+        if not _is_disk_full(error):
+            raise
+        raise _disk_full(entry.parent, error) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _check_unchanged(build: _Build) -> None:
+    # Else these tokens would be taken for those of the text as it was before.
+    if build.source.fingerprint() != build.settings["source"]:
+        raise DataError(
+            f"data.path: {build.source.title} has changed while it was read; expected that nothing writes to it. Start "
+            "again when it is complete."
+        )
 
 
 def _write_split(build: _Build, tokenizer: Tokenizer, folder: Path, split: str) -> dict[str, Any]:
@@ -277,20 +324,27 @@ def _write_split(build: _Build, tokenizer: Tokenizer, folder: Path, split: str) 
             num_tokens += len(group.tokens)
             yield group.tokens
 
-    dtype = token_dtype(tokenizer.get_vocab_size())
+    dtype = token_dtype(vocab_size_of(tokenizer))
     try:
         shards = write_shards(folder, split, chunks(), dtype)
         offsets = f"{split}.documents.bin"
         write_token_file(folder / offsets, iter(starts), OFFSET_DTYPE)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not _is_disk_full(error):
             raise
         done = sum(map(len, itertools.islice(starts, 1, None)))
-        raise _disk_full(folder.parent, num_tokens * dtype.itemsize, done, total, error) from error
+        raise _disk_full(folder.parent, error, num_tokens * dtype.itemsize, done, total) from error
     return split_facts(folder, shards, offsets, num_bytes)
 
 
-def _disk_full(folder: Path, written_bytes: int, done: int, total: int | None, error: OSError) -> DataError:
+def _is_disk_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _disk_full(
+    folder: Path, error: OSError, written_bytes: int = 0, done: int = 0, total: int | None = None
+) -> DataError:
+    """The error for a full disk, after so many bytes of tokens of ``done`` of the ``total`` texts of a split."""
     needed = "more than that"
     if total and done:
         needed = f"about {max(written_bytes * total // done, written_bytes):,} bytes for this split"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flash_attn_train.data.records import count_records, read_records
-from flash_attn_train.data.source import is_held_out
+from flash_attn_train.data.source import checked_text, is_held_out
 from flash_attn_train.errors import DataError
 
 
@@ -25,22 +25,26 @@ class RecordCorpus:
 
     def fingerprint(self) -> str:
         """SHA-256 of names, lengths and modification times. Not of contents, which can be terabytes: a copy with
-        other times is tokenised again, to the same tokens."""
+        other times is tokenised again, to the same tokens.
+
+        Raises:
+            DataError: a file is not there.
+        """
         digest = hashlib.sha256(f"{self.text_field}\0{self.val_fraction!r}\n".encode())
         for file in self.files:
-            status = file.stat()
+            try:
+                status = file.stat()
+            except OSError as error:
+                raise DataError(f"data.path: cannot read {file}: {error.strerror}.") from error
             name = file.relative_to(self.root).as_posix()
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            facts = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            digest.update(facts.encode("utf-8", "surrogatepass"))  # names need not be UTF-8
         return digest.hexdigest()
 
     def texts(self, split: str) -> Iterator[str]:
         for file in self.files:
-            for (text,) in read_records(file, [self.text_field]):
-                if not isinstance(text, str):
-                    raise DataError(
-                        f"{file}: field {self.text_field!r} has a {type(text).__name__}, expected a text. Set "
-                        "data.text_field."
-                    )
+            for (value,) in read_records(file, [self.text_field]):
+                text = checked_text(value, self.text_field, file)
                 if text.strip() and is_held_out(text, self.val_fraction) == (split == "validation"):
                     yield text
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,7 +20,7 @@ RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".csv", ".ts
 
 def is_record_file(path: Path) -> bool:
     """Whether the name says that the file has rows."""
-    return path.name.endswith(RECORD_SUFFIXES)
+    return _lower_name(path).endswith(RECORD_SUFFIXES)
 
 
 def read_records(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
@@ -31,20 +32,20 @@ def read_records(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]
         DataError: the file cannot be read, is damaged, or has a row without one of the fields.
     """
     try:
-        if path.name.endswith(".parquet"):
+        if _lower_name(path).endswith(".parquet"):
             yield from _parquet(path, fields)
-        elif path.name.endswith((".csv", ".tsv")):
+        elif _lower_name(path).endswith((".csv", ".tsv")):
             yield from _table(path, fields)
         else:
             yield from _jsonl(path, fields)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
         what = getattr(error, "strerror", None) or error
         raise DataError(f"cannot read {path}: {what}. Expected a whole {_kind(path)} file.") from error
 
 
 def count_records(path: Path) -> int | None:
     """The number of rows where the file says it (Parquet); None elsewhere."""
-    if not path.name.endswith(".parquet"):
+    if not _lower_name(path).endswith(".parquet"):
         return None
     parquet = require("pyarrow.parquet", "data", "reads Parquet files")
     try:
@@ -54,46 +55,58 @@ def count_records(path: Path) -> int | None:
 
 
 def _kind(path: Path) -> str:
-    return next(suffix for suffix in RECORD_SUFFIXES if path.name.endswith(suffix))
+    return next(suffix for suffix in RECORD_SUFFIXES if _lower_name(path).endswith(suffix))
+
+
+def _lower_name(path: Path) -> str:
+    return path.name.lower()
+
+
+# UTF-8 that may begin with a byte order mark, as text that was saved on Windows often does.
+_ENCODING = "utf-8-sig"
 
 
 def _open_text(path: Path) -> TextIO:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.name.endswith(".zst"):
-        return io.TextIOWrapper(io.BufferedReader(ZstdReader(path), 1 << 20), encoding="utf-8")
-    return open(path, encoding="utf-8")
+    if not _lower_name(path).endswith((".gz", ".zst")):
+        return open(path, encoding=_ENCODING)
+    if path.stat().st_size == 0:  # as a download leaves that never began; the libraries take it for no rows
+        raise EOFError("it is empty")
+    if _lower_name(path).endswith(".gz"):
+        return gzip.open(path, "rt", encoding=_ENCODING)
+    return io.TextIOWrapper(io.BufferedReader(ZstdReader(path), 1 << 20), encoding=_ENCODING)
 
 
 def _jsonl(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     with _open_text(path) as lines:
-        number = 0
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise DataError(
-                            f"{path}, line {number}: got {type(row).__name__}, expected an object."
-                        )
-                    values = (_field(row, field, f"{path}, line {number}") for field in fields)
+                    place = f"{path}, line {number}"
+                    row = _object(line, place)
+                    values = (_field(row, field, place) for field in fields)
                     # Only an escape can spell half a surrogate pair, which no encoding has.
                     yield tuple(map(_whole_text, values) if "\\u" in line else values)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not JSON ({error}); expected one object per line."
-            ) from error
         except Exception as error:
             if type(error).__name__ != "ZstdError":  # a class of the optional library
                 raise
             raise DataError(f"cannot read {path}: {error}. Expected a whole .zst file.") from error
 
 
+def _object(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON ({error}); expected one object per line.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: got {type(row).__name__}, expected an object.")
+    return row
+
+
 def _table(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     csv.field_size_limit(2**31 - 1)  # else 131,072 characters, and documents can be longer
-    with open(path, encoding="utf-8", newline="") as lines:
+    with open(path, encoding=_ENCODING, newline="") as lines:
         # Tab-separated corpora have no quoting: a quotation mark there is part of the text.
-        tabs = path.name.endswith(".tsv")
+        tabs = _lower_name(path).endswith(".tsv")
         reader = (
             csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.DictReader(lines)
         )
@@ -118,7 +131,7 @@ def _parquet(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
                         name = fields[values.index(None)]
                         raise DataError(f"{path}, row {row}: field {name!r} is null; expected a value.")
                     yield values
-    except arrow.ArrowInvalid as error:
+    except arrow.ArrowException as error:
         raise DataError(f"cannot read {path}: {error}. Expected a whole Parquet file.") from error
 
 

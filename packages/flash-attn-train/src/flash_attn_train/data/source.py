@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
+
+from flash_attn_train.errors import DataError
 
 SPLITS = ("train", "validation")
 
@@ -43,9 +45,23 @@ class TextSource(Protocol):
         ...
 
 
+def checked_text(value: Any, field: str, place: object) -> str:
+    """The value of a text field.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if isinstance(value, str):
+        return value
+    raise DataError(
+        f"{place}: field {field!r} has a {type(value).__name__}, expected a text. Set data.text_field."
+    )
+
+
 def hash_fraction(name: str) -> float:
     """Where the SHA-256 of the text falls in the range of hashes, from 0 to 1."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    # Names of files that are not UTF-8 have surrogates.
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
 
 
 def is_held_out(text: str, val_fraction: float) -> bool:

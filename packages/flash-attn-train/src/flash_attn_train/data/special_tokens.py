@@ -76,6 +76,11 @@ def special_tokens(tokenizer: Tokenizer, *, end_of_text: str | None = None) -> S
     return SpecialTokens(end, **found, all=tuple(sorted(added)))
 
 
+def vocab_size_of(tokenizer: Tokenizer) -> int:
+    """One more than the largest token id: more than the number of tokens where ids have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
 def encoder_tokens(special: SpecialTokens, *, with_mask: bool) -> tuple[int, int, int, int]:
     """(pad, begin, separator, mask); mask is -1 without ``with_mask`` where there is none.
 

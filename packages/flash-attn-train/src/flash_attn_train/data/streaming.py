@@ -32,8 +32,8 @@ from flash_attn_train.data.module import DataFacts, DataModule, StreamSource
 from flash_attn_train.data.prefetch import prefetch
 from flash_attn_train.data.prepare import cache_folder, cached_tokenizer
 from flash_attn_train.data.share import Share
-from flash_attn_train.data.source import is_held_out
-from flash_attn_train.data.special_tokens import special_tokens
+from flash_attn_train.data.source import checked_text, is_held_out
+from flash_attn_train.data.special_tokens import special_tokens, vocab_size_of
 from flash_attn_train.data.stream_marks import Mark, StreamMarks
 from flash_attn_train.data.tokens import Tokens
 from flash_attn_train.data.windows import ValidationWindows
@@ -107,7 +107,7 @@ class StreamWindows:
             resumed, state = state is not None, None
             group: list[str] = []
             characters = taken = 0
-            for text in self._texts(dataset):
+            for text in _texts(dataset, self.text_field):
                 if self.is_training(text):
                     if documents % self.world_size == self.rank:
                         group.append(text)
@@ -125,20 +125,22 @@ class StreamWindows:
                     "data-parallel ranks; expected at least one for each. Use more data or fewer devices."
                 )
 
-    def _texts(self, dataset: Any) -> Iterator[str]:
-        examples = iter(dataset)
-        while True:
-            try:
-                text = next(examples)[self.text_field]
-            except StopIteration:
-                return
-            except Exception as error:  # of the network, the hub or the file format
-                reason = str(error).strip().split("\n")[0]
-                raise DataError(
-                    f"data.name: cannot read on ({type(error).__name__}: {reason}). Resume the run when the source "
-                    "can be reached."
-                ) from error
-            yield text or ""
+
+def _texts(dataset: Any, text_field: str) -> Iterator[str]:
+    """The text of each example; "" for those that have none."""
+    examples = iter(dataset)
+    while True:
+        try:
+            value = next(examples)[text_field]
+        except StopIteration:
+            return
+        except Exception as error:  # of the network, the hub or the file format
+            reason = str(error).strip().split("\n")[0]
+            raise DataError(
+                f"data.name: cannot read on ({type(error).__name__}: {reason}). Start or resume the run when the "
+                "source can be reached."
+            ) from error
+        yield "" if value is None else checked_text(value, text_field, "data.name")
 
 
 class TextStream(StreamSource):
@@ -197,8 +199,7 @@ def stream_data(data: HubTextDataConfig, config: TrainConfig) -> DataModule:
         return load_split(data, data.split, streaming=True)
 
     def train_texts() -> Iterator[str]:
-        texts = (example[data.text_field] or "" for example in open_train())
-        return (detokenize(text) for text in texts if is_training(text))
+        return (detokenize(text) for text in _texts(open_train(), data.text_field) if is_training(text))
 
     detokenize = DETOKENIZERS[data.detokenizer]
     identity = [data.name, data.config_name, data.revision, data.split, data.val_split, data.val_fraction]
@@ -234,11 +235,11 @@ def stream_data(data: HubTextDataConfig, config: TrainConfig) -> DataModule:
         key=key,
         lines={
             "corpus": f"{data.name}, streamed in its own order",
-            "tokens": f"{len(tokens):,} held out, vocabulary of {tokenizer.get_vocab_size():,}",
+            "tokens": f"{len(tokens):,} held out, vocabulary of {vocab_size_of(tokenizer):,}",
         },
         tokenizer=tokenizer,
         end_of_text_id=special.end_of_text,
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=vocab_size_of(tokenizer),
         val_bytes_per_token=num_bytes / len(tokens),
     )
     held_out = ValidationWindows(Tokens([tokens]), seqlen=seqlen, max_windows=sequences)
@@ -265,14 +266,13 @@ def _held_out_tokens(
     detokenize = DETOKENIZERS[data.detokenizer]
     parts: list[np.ndarray] = []
     num_bytes = count = 0
-    for example in load_split(data, data.val_split or data.split, streaming=True):
-        text = example[data.text_field] or ""
+    for text in _texts(load_split(data, data.val_split or data.split, streaming=True), data.text_field):
         if not text.strip() or not (data.val_split or is_held_out(text, data.val_fraction)):
             continue
         num_bytes += len(text.encode())
-        groups = encode_documents(tokenizer, [detokenize(text)], end_of_text)
-        parts += [group.tokens for group in groups]
-        count = sum(map(len, parts))
+        for group in encode_documents(tokenizer, [detokenize(text)], end_of_text):
+            parts.append(group.tokens)
+            count += len(group.tokens)
         if count >= enough:
             break
     return np.concatenate([np.empty(0, np.int64), *parts]), num_bytes

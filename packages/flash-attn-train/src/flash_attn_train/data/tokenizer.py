@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flash_attn_train.data.special_tokens import END_OF_TEXT, special_tokens
+from flash_attn_train.data.special_tokens import END_OF_TEXT
 from flash_attn_train.errors import DataError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 # Texts longer than this are tokenised in pieces, cut at line ends, to bound memory.
 _PIECE_CHARACTERS = 1 << 20
@@ -102,13 +102,19 @@ def _text_as_text(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """The token that ends a document, by its usual spellings.
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:
+    """The texts alone, without the special tokens that a tokenizer puts around them.
 
     Raises:
-        DataError: there is none.
+        DataError: the tokenizer lacks a token for what is in a text, and one that stands for all such.
     """
-    return special_tokens(tokenizer).end_of_text
+    try:
+        return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(
+            f"tokenizer: got one that cannot encode the text ({error}), expected one that encodes any. Choose another "
+            "tokenizer.name or tokenizer.path, or leave both out to train one."
+        ) from error
 
 
 def pieces(text: str) -> Iterator[str]:

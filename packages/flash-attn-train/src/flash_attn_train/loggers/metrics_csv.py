@@ -80,7 +80,8 @@ class MetricsCSV(Logger):
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics file, each without the metrics that it does not have.
 
-    A last line that a killed process left unfinished (no line end) is dropped.
+    A last line that a killed process left unfinished (no line end) is dropped, and what a power cut left unwritten
+    (zeros).
     """
     return [
         {name: float(value) for name, value in row.items() if value}
@@ -89,5 +90,5 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _complete_lines(path: Path) -> list[str]:
-    text = path.read_text()
+    text = path.read_text().partition("\0")[0]
     return text[: text.rfind("\n") + 1].splitlines()

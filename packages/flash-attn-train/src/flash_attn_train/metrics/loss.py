@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from flash_attn_train.metrics.step import StepResult
@@ -19,7 +20,8 @@ class Loss(Metric):
     """Mean loss over the targets of all batches and processes, in nats.
 
     Sum of the losses of the targets over their number: a batch with fewer targets (the last one, or one with many
-    ignored labels) counts less, and one without any counts nothing. Sums are in float64.
+    ignored labels) counts less, and one without any counts nothing. Sums are in float64, also in a task that is
+    converted to another format, as with trainer.precision=bf16-true.
     """
 
     is_differentiable = False
@@ -39,6 +41,13 @@ class Loss(Metric):
         total = output.loss.detach().double() * count
         self.loss_sum += torch.where(count > 0, total, torch.zeros_like(total))
         self.num_targets += count
+
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = ()) -> nn.Module:
+        # Called by to(), half() and the like. The sum goes to another device, but into no other format.
+        super()._apply(fn, exclude_state=("loss_sum", *exclude_state))
+        self.loss_sum = self.loss_sum.to(self.device)
+        self._defaults["loss_sum"] = torch.zeros_like(self.loss_sum)
+        return self
 
     def compute(self) -> Tensor:
         """A float64 scalar; NaN if there was no target."""

@@ -69,7 +69,8 @@ class ImageFolder:
 
     def fingerprint(self) -> str:
         """SHA-256 of the names of classes and files, not of their content: reading that would take hours."""
-        digest = hashlib.sha256("\0".join(self.class_names).encode())
+        names = "\0".join(self.class_names)
+        digest = hashlib.sha256(names.encode("utf-8", "surrogatepass"))  # they need not be UTF-8
         digest.update(self.files.tobytes())
         digest.update(self.labels.tobytes())
         return digest.hexdigest()
