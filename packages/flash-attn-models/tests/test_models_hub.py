@@ -106,10 +106,10 @@ def names(folder):
 
 
 def test_safetensors_come_first_and_never_both(tmp_path, monkeypatch):
-    files = ["config.json", "model.safetensors", "pytorch_model.bin", "consolidated.safetensors", "README.md"]
-    hub = Hub(tmp_path / "a", files)
+    wanted = {"config.json", "generation_config.json", "model.safetensors"}
+    hub = Hub(tmp_path / "a", [*wanted, "pytorch_model.bin", "consolidated.safetensors", "README.md"])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
-    assert names(find_folder("owner/name")) == {"config.json", "model.safetensors"}
+    assert names(find_folder("owner/name")) == wanted
     hub = Hub(tmp_path / "b", ["config.json", "pytorch_model.bin", "tf_model.h5"])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     folder = find_folder("owner/name", revision="v1", token="secret", cache_dir=tmp_path)

@@ -67,6 +67,20 @@ def test_loaded_weights_own_their_memory(make_hf_model, tmp_path):
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
+def test_special_tokens_of_generation(make_hf_model, tmp_path):
+    folder = write(make_hf_model("llama", {}), tmp_path / "model", "safetensors")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "bos_token_id": 1, "eos_token_id": 3}))
+    settings = {"eos_token_id": [3, 7], "pad_token_id": 5, "bos_token_id": None, "temperature": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    config = load_pretrained(folder).config
+    assert config.eos_token_ids == (3, 7) and config.pad_token_id == 5
+    assert config.bos_token_id == 1
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        load_pretrained(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtype_argument_converts(make_hf_model, tmp_path, dtype):
     folder = write(make_hf_model("gpt2", {}), tmp_path / "model", "safetensors")

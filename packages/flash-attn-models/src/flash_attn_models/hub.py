@@ -12,7 +12,7 @@ from flash_attn_models.gpt.repositories import REPOSITORIES
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Of a repository that has both, weights in .bin files are not asked for.
-_CONFIG = ["config.json"]
+_CONFIG = ["config.json", "generation_config.json"]
 _SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 _BIN = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
 

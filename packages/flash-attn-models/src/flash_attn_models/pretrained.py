@@ -27,6 +27,7 @@ from flash_attn_models.gpt.hugging_face import (
     hugging_face_layout,
     to_hugging_face,
 )
+from flash_attn_models.gpt.hugging_face.config_fields import TOKEN_FIELDS
 from flash_attn_models.gpt.megatron import is_megatron, open_megatron
 from flash_attn_models.gpt.meta_llama import is_meta_llama, open_meta_llama
 from flash_attn_models.gpt.model import GPTLMHeadModel
@@ -211,7 +212,7 @@ def _open(folder: Path) -> tuple[Any, Layout, Checkpoint]:
     if (folder / "config.json").is_file():
         fields = read_json(folder / "config.json")
         checkpoint = open_checkpoint(folder)
-        return *_empty_model(fields, checkpoint), checkpoint
+        return *_empty_model(folder, fields, checkpoint), checkpoint
     for is_here, open_folder in ((is_meta_llama, open_meta_llama), (is_megatron, open_megatron)):
         if folder.is_dir() and is_here(folder):
             config, layout, parallel = open_folder(folder)
@@ -225,7 +226,7 @@ def _open(folder: Path) -> tuple[Any, Layout, Checkpoint]:
     )
 
 
-def _empty_model(fields: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Any, Layout]:
+def _empty_model(folder: Path, fields: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Any, Layout]:
     """The model that config.json asks for, without memory, and the layout of its checkpoint."""
     if fields.get("model_type") == "bert":
         bert_config = bert_hugging_face.config_from_hugging_face(fields)
@@ -241,8 +242,15 @@ def _empty_model(fields: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Any
             f"one of {', '.join(map(repr, (*MODEL_TYPES, 'bert', 'vit')))}",
             "use a model of one of these types",
         )
-    config = config_from_hugging_face(fields)
+    config = config_from_hugging_face({**fields, **_tokens_of_generation(folder)})
     return GPTLMHeadModel(config, device="meta"), hugging_face_layout(config, fields["model_type"])
+
+
+def _tokens_of_generation(folder: Path) -> dict[str, Any]:
+    """Special tokens of generation_config.json, which count: chat models have more ends there than in config.json."""
+    file = folder / "generation_config.json"
+    fields = read_json(file) if file.is_file() else {}
+    return {name: fields[name] for name in TOKEN_FIELDS if fields.get(name) is not None}
 
 
 def _description(

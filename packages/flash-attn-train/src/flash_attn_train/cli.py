@@ -17,53 +17,47 @@ from typing import Any
 from flash_attn_train import __version__
 from flash_attn_train.cli_errors import not_in_variant, translated
 from flash_attn_train.cli_help import help_text
+from flash_attn_train.command import command
 from flash_attn_train.configs import TrainConfig, check_config, check_read
 from flash_attn_train.configs.checks import unknown_key
 from flash_attn_train.configs.store import SCHEMAS, compose, describe_entries, entries, every_option, mappings
-from flash_attn_train.errors import ConfigError, UserError
+from flash_attn_train.errors import ConfigError
 
 _PRESET = "preset"  # another word for the group `experiment`
 _CONFIG_DIR = "--config-dir="
 _HELP = "--help="
 
 
+@command("flash-attn-train")  # Ctrl-C in training is answered by the checkpoint callback
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code: 0, 2 after printing what is wrong with the input, or 130 after
-    Ctrl-C."""
+    """Runs the command line. Returns the exit code, see :func:`~flash_attn_train.command.command`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--version" in arguments:
         print(f"flash-attn-train {__version__}")
         return 0
     print_config = "--print-config" in arguments
-    try:
-        topic = _help_topic(arguments)
-        if topic is not None:
-            print(help_text(topic, _config_dirs(arguments)))
-            return 0
-        config = compose_config([argument for argument in arguments if argument != "--print-config"])
-        if print_config:
-            from omegaconf import OmegaConf
+    topic = _help_topic(arguments)
+    if topic is not None:
+        print(help_text(topic, _config_dirs(arguments)))
+        return 0
+    config = compose_config([argument for argument in arguments if argument != "--print-config"])
+    if print_config:
+        from omegaconf import OmegaConf
 
-            print(f"# {describe_entries(config)}")
-            print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
-            return 0
-        # Read by GNU OpenMP when torch loads: how long a thread that waits for the others spins before it sleeps.
-        # By default it is so long that, where something else runs too, spinning takes the cores from the threads
-        # that are waited for.
-        if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-        print(f"flash-attn-train {__version__}", flush=True)  # before the wait for torch to load
-        from flash_attn_train.distributed import ending_process_group
-        from flash_attn_train.run import train
+        print(f"# {describe_entries(config)}")
+        print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+        return 0
+    # Read by GNU OpenMP when torch loads: how long a thread that waits for the others spins before it sleeps.
+    # By default it is so long that, where something else runs too, spinning takes the cores from the threads
+    # that are waited for.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    print(f"flash-attn-train {__version__}", flush=True)  # before the wait for torch to load
+    from flash_attn_train.distributed import ending_process_group
+    from flash_attn_train.run import train
 
-        with ending_process_group():
-            train(config)
-    except UserError as error:
-        print(f"flash-attn-train: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # before training: in training the checkpoint callback says how to continue
-        print("flash-attn-train: interrupted", file=sys.stderr)
-        return 130
+    with ending_process_group():
+        train(config)
     return 0
 
 

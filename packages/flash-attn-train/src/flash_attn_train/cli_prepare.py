@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from flash_attn_train import __version__
-from flash_attn_train.errors import UserError
+from flash_attn_train.command import command
 
 _EPILOG = """examples:
   flash-attn-prepare data=openwebtext tokenizer.name=gpt2
@@ -18,8 +18,9 @@ data, tokenizer and task finds them.
 """
 
 
+@command("flash-attn-prepare")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code: 0, or 2 after printing what is wrong with the input."""
+    """Runs the command line. Returns the exit code, see :func:`~flash_attn_train.command.command`."""
     parser = argparse.ArgumentParser(
         prog="flash-attn-prepare",
         description="Downloads and tokenises the data of a run.",
@@ -34,11 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"flash-attn-prepare {__version__}")
     arguments = parser.parse_args(argv)
-    try:
-        prepare(arguments.overrides, verify=arguments.verify)
-    except UserError as error:
-        print(f"flash-attn-prepare: error: {error}", file=sys.stderr)
-        return 2
+    prepare(arguments.overrides, verify=arguments.verify)
     return 0
 
 

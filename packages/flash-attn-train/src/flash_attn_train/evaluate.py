@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flash_attn_train import __version__
-from flash_attn_train.errors import ConfigError, OutputError, UserError
+from flash_attn_train.command import command
+from flash_attn_train.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from flash_attn_train.configs import TokenizerConfig
@@ -30,8 +31,9 @@ Measured are loss (nats per target), and where they have a meaning perplexity, b
 """
 
 
+@command("flash-attn-evaluate")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code: 0, or 2 after printing what is wrong with the input."""
+    """Runs the command line. Returns the exit code, see :func:`~flash_attn_train.command.command`."""
     parser = argparse.ArgumentParser(
         prog="flash-attn-evaluate",
         description="Measures a trained model on held-out data.",
@@ -53,14 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the result as JSON and nothing else")
     parser.add_argument("--version", action="version", version=f"flash-attn-evaluate {__version__}")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        _check_output(arguments.output)
-        result = evaluate(arguments.source, arguments.overrides, use_ema=not arguments.trained_weights)
-        if arguments.output is not None:
-            _write(arguments.output, result)
-    except UserError as error:
-        print(f"flash-attn-evaluate: error: {error}", file=sys.stderr)
-        return 2
+    _check_output(arguments.output)
+    result = evaluate(arguments.source, arguments.overrides, use_ema=not arguments.trained_weights)
+    if arguments.output is not None:
+        _write(arguments.output, result)
     print(json.dumps(result, indent=2) if arguments.json else describe(result))
     return 0
 

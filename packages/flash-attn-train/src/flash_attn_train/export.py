@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flash_attn_train import __version__
-from flash_attn_train.errors import CheckpointError, ConfigError, OutputError, UserError
+from flash_attn_train.command import command
+from flash_attn_train.errors import CheckpointError, ConfigError, OutputError
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +32,9 @@ transformers' from_pretrained loads it, and so does flash_attn_models.load_pretr
 """
 
 
+@command("flash-attn-export")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit code: 0, or 2 after printing what is wrong with the input."""
+    """Runs the command line. Returns the exit code, see :func:`~flash_attn_train.command.command`."""
     parser = argparse.ArgumentParser(
         prog="flash-attn-export",
         description="Writes a trained model as a folder in Hugging Face layout.",
@@ -54,19 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"flash-attn-export {__version__}")
     arguments = parser.parse_args(argv)
-    try:
-        import torch
+    import torch
 
-        folder = export(
-            arguments.source,
-            arguments.folder,
-            use_ema=not arguments.trained_weights,
-            tokenizer=arguments.tokenizer,
-            dtype=getattr(torch, arguments.dtype),
-        )
-    except UserError as error:
-        print(f"flash-attn-export: error: {error}", file=sys.stderr)
-        return 2
+    folder = export(
+        arguments.source,
+        arguments.folder,
+        use_ema=not arguments.trained_weights,
+        tokenizer=arguments.tokenizer,
+        dtype=getattr(torch, arguments.dtype),
+    )
     names = sorted(file.name for file in folder.iterdir())
     print(f"wrote {', '.join(names)} to {folder}")
     if "tokenizer.json" not in names and "vocab_size" in json.loads((folder / "config.json").read_text()):

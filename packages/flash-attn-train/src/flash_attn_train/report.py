@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from yaml import YAMLError  # type: ignore[import-untyped, unused-ignore]
 
 from flash_attn_train.atomic import atomic_write
+from flash_attn_train.command import command
 from flash_attn_train.config_changes import config_changes
-from flash_attn_train.errors import ConfigError, UserError
+from flash_attn_train.errors import ConfigError
 from flash_attn_train.figures import LOSS, PICTURES, Picture, Rows, draw
 from flash_attn_train.loggers import read_metrics
 from flash_attn_train.run_folder import RunFolder, read_sessions
@@ -173,18 +174,15 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     )
 
 
+@command("flash-attn-train")
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, or 2 after printing what is wrong with the input."""
+    """The command line. Returns the exit code, see :func:`~flash_attn_train.command.command`."""
     parser = argparse.ArgumentParser(
         prog="python -m flash_attn_train.report", description="Write the report of a run again."
     )
     parser.add_argument("run_folder", type=Path, help="folder of the run, such as runs/quickstart")
     folder: Path = parser.parse_args(argv).run_folder
-    try:
-        print(write_report(folder))
-    except UserError as error:
-        print(f"flash-attn-train: error: {error}", file=sys.stderr)
-        return 2
+    print(write_report(folder))
     return 0
 
 
