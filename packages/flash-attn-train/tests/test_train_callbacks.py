@@ -131,6 +131,18 @@ def fit(
     return trainer, read_metrics(folder / "metrics.csv")
 
 
+def test_rates_of_named_groups(tmp_path: Path) -> None:
+    class TwoRates(TinyTask):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            first, *others = self.parameters()
+            groups = [{"params": [first], "lr": 0.005, "name": "x0.5"}, {"params": others}]
+            return torch.optim.SGD(groups, lr=0.01)
+
+    _, rows = fit(tmp_path, CallbacksConfig(), every_n_steps=2, steps=2, task=TwoRates())
+    (row,) = [row for row in rows if "train/loss" in row]
+    assert (row["lr"], row["lr/x0.5"]) == (0.01, 0.005)
+
+
 def test_record_has_what_the_default_callbacks_measure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -205,6 +205,8 @@ class TestMup:
             for name in ("mixer.Wqkv", "mixer.out_proj", "mlp.fc1", "mlp.fc2")
         }
         assert {setting.lr_multiplier for setting in settings} == {1.0, 0.25}
+        groups = param_groups(model, AdamWConfig(lr=1e-2, mup_base_width=4))
+        assert {(group["lr"], group.get("name")) for group in groups} == {(1e-2, None), (2.5e-3, "x0.25")}
 
     def test_first_steps_of_all_widths_are_equally_long(self) -> None:
         """The point of muP: after a step of Adam the change of a layer's output does not grow with width."""

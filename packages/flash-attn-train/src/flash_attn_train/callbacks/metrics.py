@@ -91,13 +91,10 @@ class Metrics(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         groups = optimizer.param_groups
-        self._rates = {"lr": float(groups[0]["lr"])}
-        # Groups with another rate, where they have names.
-        self._rates |= {
-            f"lr/{group['name']}": float(group["lr"])
-            for group in groups[1:]
-            if "name" in group and group["lr"] != groups[0]["lr"]
-        }
+        # The optimizer's rate is that of groups without a name, see flash_attn_train.optim.param_groups.
+        plain = next((group for group in groups if "name" not in group), groups[0])
+        named = {f"lr/{group['name']}": float(group["lr"]) for group in groups if "name" in group}
+        self._rates = {"lr": float(plain["lr"]), **named}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

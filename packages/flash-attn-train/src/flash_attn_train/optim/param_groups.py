@@ -64,21 +64,24 @@ def parameter_settings(model: nn.Module, config: OptimizerConfig) -> list[Settin
 def param_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """The parameters in groups of equal rate and decay, as torch's optimizers take them.
 
-    Each group has ``params``, ``lr`` and ``weight_decay``. Their order follows from model and config alone, so that a
+    Each group has ``params``, ``lr`` and ``weight_decay``, and one with a rate of its own a ``name`` that says how many
+    times the optimizer's that is, such as "x0.25". Their order follows from model and config alone, so that a
     saved optimizer fits again: first the decayed matrices' group, then the others by first parameter. Frozen parameters
     are in no group; one that several modules share is in one group, once.
 
     Raises:
         ConfigError: see :func:`parameter_settings`.
     """
-    return [
-        {
+    groups = []
+    for settings in _grouped(parameter_settings(model, config)):
+        multiplier = settings[0].lr_multiplier
+        group = {
             "params": [setting.named.parameter for setting in settings],
-            "lr": config.lr * settings[0].lr_multiplier,
+            "lr": config.lr * multiplier,
             "weight_decay": settings[0].weight_decay,
         }
-        for settings in _grouped(parameter_settings(model, config))
-    ]
+        groups.append(group if multiplier == 1.0 else {**group, "name": f"x{multiplier:g}"})
+    return groups
 
 
 def describe_groups(model: nn.Module, config: OptimizerConfig) -> str:
