@@ -216,8 +216,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="the smallest shape alone")
     arguments = parser.parse_args()
-    torch.set_float32_matmul_precision("high")
     results = ResultFile.of_arguments("training", arguments)
+    if results.on_gpu:
+        torch.set_float32_matmul_precision("high")  # of what autocast leaves in float32, for all contestants
     shapes = SMOKE if arguments.smoke else SHAPES[:1] if arguments.quick else SHAPES
     for shape in shapes:
         if arguments.shapes is not None and not {shape.name, str(shape)} & set(arguments.shapes):

@@ -88,9 +88,16 @@ def test_unknown_model_that_cannot_be_measured() -> None:
         ("NVIDIA H200", "16-mixed", 989.4),
         ("NVIDIA A100-SXM4-80GB", "bf16-mixed", 312.0),
         ("NVIDIA L40S", "bf16-mixed", 362.0),
-        ("NVIDIA A100-SXM4-80GB", "32-true", 19.5),
         ("Another Card", "bf16-mixed", None),
     ],
 )
 def test_peaks(name: str, precision: str, expected: float | None) -> None:
     assert peak_tflops(name, precision) == expected
+
+
+@pytest.mark.parametrize(("matmuls", "expected"), [("highest", 19.5), ("high", 156.0)])
+def test_peak_of_float32_is_that_of_its_matmuls(
+    matmuls: str, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: matmuls)
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", "32-true") == expected
