@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from contestants import OURS, available, check_agreement, run, sdpa
 from flash_attn_kernels import flash_attn_with_kvcache
-from flash_attn_kernels.testing import interleaved_times
+from flash_attn_kernels.testing import captured, interleaved_times
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -27,14 +27,7 @@ PEERS = {"flash2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTI
 
 def replayed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The call from a CUDA graph; returns the graph's own output."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
+    graph, out = captured(call)
 
     def replay() -> Tensor:
         graph.replay()

@@ -19,6 +19,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture
+def hopper() -> None:
+    """For what other GPUs have no kernels for."""
+    major, minor = torch.cuda.get_device_capability()
+    if major != 9:
+        pytest.skip(f"needs a GPU of compute capability 9.x, this one has {major}.{minor}")
+
+
 @pytest.fixture(params=["fastest", "sm80"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The kernels that calls run: the fastest for the GPU or, where those are others, the sm80 ones too."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from flash_attn_kernels import append_kv, flash_attn_func, flash_attn_with_kvcache
+from flash_attn_kernels.testing import captured
 from flash_attn_kernels.testing.cache_case import CacheCase, check_cache_history, run_cache_history
 
 pytestmark = pytest.mark.gpu
@@ -88,14 +89,7 @@ def test_a_graph_replays_with_other_lengths(num_splits: int) -> None:
             q, k_cache, v_cache, *new, cache_seqlens=lengths, causal=True, num_splits=num_splits, strict=True
         )
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    graph, out = captured(step)
     for _ in range(100):
         lengths.copy_(torch.randint(0, S, (B,)))
         graph.replay()

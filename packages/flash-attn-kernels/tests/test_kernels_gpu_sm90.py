@@ -9,19 +9,12 @@ from typing import Any
 import pytest
 import torch
 from flash_attn_kernels import explain, flash_attn_func, flash_attn_varlen_func, library
-from flash_attn_kernels.testing import pairwise
+from flash_attn_kernels.testing import captured, pairwise
 from flash_attn_kernels.testing.attention_case import AttentionCase, AttentionTensors, make_tensors
 from flash_attn_kernels.testing.attention_check import check_tensors, public_results
 from torch import Tensor
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _on_hopper() -> None:
-    major, minor = torch.cuda.get_device_capability()
-    if major != 9:
-        pytest.skip(f"needs a GPU of compute capability 9.x, this one has {major}.{minor}")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 
 
 def forward(tensors: AttentionTensors) -> tuple[Tensor, Tensor]:
@@ -170,23 +163,10 @@ def test_forward_gives_the_same_bits(name: str, head_dims: tuple[int, int]) -> N
         assert all(torch.equal(a, b) for a, b in zip(first, forward(tensors), strict=True))
 
 
-def capture(step: Callable[[], tuple[Tensor, Tensor]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
-    """A graph of the step, and its results, which every replay overwrites."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph, results
-
-
 def test_graph_replay_of_a_dense_call() -> None:
     tensors = make_tensors(AttentionCase(lengths=((300, 200), (300, 200)), causal=True))
     assert path_of(tensors) == "sm90"
-    graph, results = capture(lambda: forward(tensors))
+    graph, results = captured(lambda: forward(tensors))
     for _ in range(2):
         tensors.q.normal_()
         graph.replay()
@@ -203,7 +183,7 @@ def test_graph_replay_with_other_packed_lengths(options: dict[str, Any]) -> None
     assert path_of(tensors) == "sm90"
     for x in (tensors.q, tensors.k, tensors.v):
         x.normal_()  # the rows after the last sequence too
-    graph, results = capture(lambda: forward(tensors))
+    graph, results = captured(lambda: forward(tensors))
     for ends_q, ends_k in (
         ([0, 0, 7, 250], [0, 300, 300, 300]),
         ([0, 300, 300, 300], [0, 1, 2, 290]),

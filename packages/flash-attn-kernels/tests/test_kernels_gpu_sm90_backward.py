@@ -8,19 +8,12 @@ from typing import Any
 import pytest
 import torch
 from flash_attn_kernels import explain, flash_attn_func, flash_attn_varlen_func, library
-from flash_attn_kernels.testing import pairwise
+from flash_attn_kernels.testing import captured, pairwise
 from flash_attn_kernels.testing.attention_case import AttentionCase, AttentionTensors, make_tensors
 from flash_attn_kernels.testing.attention_check import check_tensors
 from torch import Tensor
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _on_hopper() -> None:
-    major, minor = torch.cuda.get_device_capability()
-    if major != 9:
-        pytest.skip(f"needs a GPU of compute capability 9.x, this one has {major}.{minor}")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 
 
 def gradients_of(tensors: AttentionTensors) -> Callable[[], tuple[Tensor, ...]]:
@@ -153,14 +146,7 @@ def test_graph_replay_with_other_packed_lengths() -> None:
         out = flash_attn_varlen_func(*leaves, **tensors.arguments)
         return torch.autograd.grad(out, leaves, tensors.dout)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = captured(step)
     for ends_q, ends_k in (
         ([0, 0, 7, 850], [0, 900, 900, 900]),
         ([0, 900, 900, 900], [0, 1, 2, 790]),

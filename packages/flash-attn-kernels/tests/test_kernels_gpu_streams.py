@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from flash_attn_kernels import flash_attn_func, flash_attn_varlen_func
+from flash_attn_kernels.testing import captured
 from flash_attn_kernels.testing.attention_case import AttentionCase, make_tensors
 from flash_attn_kernels.testing.attention_check import check_attention, public_results
 from torch import Tensor
@@ -19,20 +20,6 @@ MODIFIERS: dict[str, Any] = {
     "softcap": 5.0,
 }  # fmt: skip
 TOKENS, CAPACITY = 300, 300
-
-
-def capture(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """A graph of the step, and its results, which every replay overwrites."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph, results
 
 
 def packed_step(
@@ -67,7 +54,7 @@ def test_graph_replay_with_other_packed_lengths(with_modifiers: bool) -> None:
     def step() -> tuple[Tensor, ...]:
         return packed_step(leaves, dout, dlse, cu_seqlens, **options)
 
-    graph, results = capture(step)
+    graph, results = captured(step, warmups=3)
     for ends_q, ends_k in (([0, 0, 7, 250], [0, 300, 300, 300]), ([0, 300, 300, 300], [0, 1, 2, 290])):
         for static, ends in zip(cu_seqlens, (ends_q, ends_k), strict=True):
             static.copy_(torch.tensor(ends, dtype=torch.int32))
@@ -86,7 +73,7 @@ def test_graph_replay_of_paged_sequences_with_other_lengths() -> None:
             tensors.q, tensors.k, tensors.v, **tensors.arguments, return_lse=True, strict=True
         )
 
-    graph, results = capture(step)
+    graph, results = captured(step, warmups=3)
     static.copy_(torch.tensor([3, 0, 129], dtype=torch.int32))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(results, step(), strict=True))
@@ -100,7 +87,7 @@ def test_graph_replay_of_a_dense_call() -> None:
         out = flash_attn_func(*leaves, causal=True, deterministic=True, strict=True)
         return (out, *torch.autograd.grad(out, leaves, dout))
 
-    graph, results = capture(step)
+    graph, results = captured(step, warmups=3)
     with torch.no_grad():
         for leaf in leaves:
             leaf.normal_()
@@ -110,7 +97,7 @@ def test_graph_replay_of_a_dense_call() -> None:
 
 def test_every_replay_drops_other_elements() -> None:
     q, k, v = torch.randn(3, 2, 128, 4, 64, device="cuda", dtype=torch.bfloat16)
-    graph, (out,) = capture(lambda: (flash_attn_func(q, k, v, dropout_p=0.3, strict=True),))
+    graph, (out,) = captured(lambda: (flash_attn_func(q, k, v, dropout_p=0.3, strict=True),), warmups=3)
     graph.replay()
     first = out.clone()
     graph.replay()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flash_attn_kernels import gemm
-from flash_attn_kernels.testing import assert_within_reference_error
+from flash_attn_kernels.testing import assert_within_reference_error, captured
 from flash_attn_ops.dispatch import explain
 from flash_attn_ops.fused_dense import FusedMLP, functional, gated_mlp, linear, mlp, operators
 from flash_attn_ops.fused_dense.plans import MlpProblem, Plan, plan_mlp
@@ -275,20 +275,12 @@ def test_graph_replay(heuristic: int | str) -> None:
         out = call(case, *leaves)
         return [out, *torch.autograd.grad(out, leaves, d_out)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, results = captured(step, warmups=3)
     with torch.no_grad():
         leaves[0].copy_(torch.randn_like(leaves[0]))
     graph.replay()
     expected = step()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def test_other_stream() -> None:

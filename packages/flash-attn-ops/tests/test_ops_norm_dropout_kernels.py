@@ -6,6 +6,7 @@ import pytest
 import torch
 from flash_attn_ops.norm import layer_norm, rms_norm
 from flash_attn_ops.norm.dropout import draw_seed_and_offset, keep_mask
+from flash_attn_ops.testing import captured
 from torch import Tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("many_norm_programs")]
@@ -63,14 +64,7 @@ def test_dropout_in_a_cuda_graph() -> None:
         (dx,) = torch.autograd.grad(total.sum(), x)
         return total, mask, dx
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        total, mask, dx = step()
+    graph, (total, mask, dx) = captured(step)
     masks = []
     for _ in range(2):
         graph.replay()

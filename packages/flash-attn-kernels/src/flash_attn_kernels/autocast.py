@@ -16,7 +16,7 @@ def autocast_is_on(x: Tensor) -> bool:
         return torch.is_autocast_enabled("cuda")
     if x.is_cpu:
         return torch.is_autocast_enabled("cpu")
-    device_type = x.device.type
+    device_type = x.device.type  # of which some, as meta, know no autocast, and asking them is an error
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 

@@ -14,6 +14,11 @@ SHARED_BYTES = 227 * 1024  # that a block may have
 LAUNCH_REGISTERS = 168  # of each of 384 threads
 ROWS, COLUMNS = 64, 128  # of the tiles at head dim 128
 UNBOUNDED = (-1, -1, 0)
+DENSE_AND_PACKED = pytest.mark.parametrize(
+    "cu_q, cu_k",
+    [((), ()), ((0, 100, 100, 400, 400, 529), (0, 130, 400, 400, 528, 700))],
+    ids=["dense", "packed"],
+)
 
 
 @pytest.fixture(params=SM90_BACKWARD_HEAD_DIMS, ids=str)
@@ -70,11 +75,7 @@ def sees(lengths: tuple[int, int], window: tuple[int, int, int], query: int, key
 @pytest.mark.parametrize(
     "heads, group, splits, interleave", [(2, 1, 1, 1), (6, 3, 1, 2), (6, 3, 2, 4), (5, 5, 5, 3)]
 )
-@pytest.mark.parametrize(
-    "cu_q, cu_k",
-    [((), ()), ((0, 100, 100, 400, 400, 529), (0, 130, 400, 400, 528, 700))],
-    ids=["dense", "packed"],
-)
+@DENSE_AND_PACKED
 def test_every_key_tile_and_head_is_done_once(
     host: Callable[..., list[Any]],
     window: tuple[int, int, int],
@@ -128,11 +129,7 @@ def test_every_key_tile_and_head_is_done_once(
 
 @pytest.mark.parametrize("window", [UNBOUNDED, (-1, 0, 0), (70, 5, 0), (40, 0, 1), (130, -1, 0)])
 @pytest.mark.parametrize("heads, group, splits, interleave", [(2, 1, 1, 1), (6, 3, 2, 4), (4, 2, 1, 100)])
-@pytest.mark.parametrize(
-    "cu_q, cu_k",
-    [((), ()), ((0, 100, 100, 400, 400, 529), (0, 130, 400, 400, 528, 700))],
-    ids=["dense", "packed"],
-)
+@DENSE_AND_PACKED
 def test_a_deterministic_block_waits_for_no_later_one(
     host: Callable[..., list[Any]],
     window: tuple[int, int, int],

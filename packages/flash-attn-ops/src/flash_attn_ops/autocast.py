@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
+from flash_attn_kernels.autocast import autocast_is_on
 from torch import Tensor
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
@@ -13,7 +14,7 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast has products of x computed. None: autocast is off, or leaves x alone, as float64."""
-    if x.dtype == torch.float64 or not _is_on(x):
+    if x.dtype == torch.float64 or not autocast_is_on(x):
         return None
     return torch.get_autocast_dtype(x.device.type)
 
@@ -30,13 +31,4 @@ def dtype_as_autocast(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Products of tensors where x is have the dtype of what is multiplied. Costs nothing where autocast is off."""
-    return torch.autocast(x.device.type, enabled=False) if _is_on(x) else nullcontext()
-
-
-def _is_on(x: Tensor) -> bool:
-    if x.is_cuda:  # the names of other device types cost more to ask for than the rest
-        return torch.is_autocast_enabled("cuda")
-    if x.is_cpu:
-        return torch.is_autocast_enabled("cpu")
-    device_type = x.device.type  # of which some, as meta, know no autocast, and asking them is an error
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(x.device.type, enabled=False) if autocast_is_on(x) else nullcontext()

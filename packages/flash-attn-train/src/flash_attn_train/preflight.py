@@ -13,9 +13,9 @@ from flash_attn_train.configs.model import HuggingFaceModelConfig
 from flash_attn_train.configs.optimizer import AdamW8bitConfig
 from flash_attn_train.configs.strategy import FSDP2Config, TensorParallelConfig
 from flash_attn_train.data import DataModule
-from flash_attn_train.data.module import StreamSource
+from flash_attn_train.data.module import StreamSource, check_samples
 from flash_attn_train.distributed import data_parallel_size, on_rank_zero
-from flash_attn_train.errors import ConfigError, DataError
+from flash_attn_train.errors import ConfigError
 from flash_attn_train.loggers import check_loggers
 from flash_attn_train.metrics import build_metrics
 from flash_attn_train.optim import build_scheduler, optimizer_recipe
@@ -92,21 +92,10 @@ def _check_tensor_parallel(config: TrainConfig) -> None:
 
 
 def _check_samples(config: TrainConfig, data: DataModule) -> None:
-    """A forward pass of all ranks takes a sample for each of them."""
     ranks = data_parallel_size(config)
-    counts = {"validate": len(data.validation_samples)}
+    check_samples("validate", len(data.validation_samples), ranks)
     if not isinstance(data.train_samples, StreamSource):
-        counts["train"] = len(data.train_samples)
-    for purpose, count in counts.items():
-        if count < ranks:
-            more = {
-                "train": "Use more data",
-                "validate": "Hold out more (data.val_fraction, trainer.val_sequences)",
-            }
-            raise DataError(
-                f"data: got {count} samples to {purpose} on for {ranks} data-parallel ranks; expected at least one for "
-                f"each. {more[purpose]}, or fewer devices."
-            )
+        check_samples("train", len(data.train_samples), ranks)
 
 
 def _check_callbacks(config: TrainConfig) -> None:

@@ -117,21 +117,12 @@ class DataModule(pl.LightningDataModule):
         self._check_saved(share)
         if isinstance(self.train_samples, StreamSource):
             return self._loader(self.train_samples.batches(share), num_workers=0)
-        if len(self.train_samples) < share.world_size:
-            raise DataError(
-                f"data: {len(self.train_samples)} samples to train on for {share.world_size} data-parallel ranks; "
-                "expected at least one for each. Use more data or fewer devices."
-            )
+        check_samples("train", len(self.train_samples), share.world_size)
         return self._loader(TrainBatches(self.train_samples, share), sampler=CountFrom(0))
 
     def val_dataloader(self) -> DataLoader:
         rank, world_size = self._ranks()
-        if len(self.validation_samples) < world_size:
-            raise DataError(
-                f"data: {len(self.validation_samples)} samples to validate on for {world_size} data-parallel ranks; "
-                "expected at least one for each. Hold out more (data.val_fraction, trainer.val_sequences) or use "
-                "fewer devices."
-            )
+        check_samples("validate", len(self.validation_samples), world_size)
         batches = ValidationBatches(
             self.validation_samples,
             batch_size=self.config.trainer.batch_size,
@@ -201,3 +192,15 @@ class DataModule(pl.LightningDataModule):
             generator=torch.Generator().manual_seed(0),
             **options,
         )
+
+
+def check_samples(purpose: str, count: int, ranks: int) -> None:
+    """A forward pass of all ranks takes a sample for each of them; DataError if there are fewer to "train" or to
+    "validate" on."""
+    if count >= ranks:
+        return
+    more = {"train": "Use more data", "validate": "Hold out more (data.val_fraction, trainer.val_sequences)"}
+    raise DataError(
+        f"data: got {count} samples to {purpose} on for {ranks} data-parallel ranks; expected at least one for each. "
+        f"{more[purpose]}, or fewer devices."
+    )
