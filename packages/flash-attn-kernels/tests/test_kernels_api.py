@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,7 @@ OPTIONS = [
 DEFAULTS = {
     "dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
     "alibi_slopes": None, "deterministic": False, "return_attn_probs": False, "block_table": None,
-    "causal_alignment": "bottom-right", "return_lse": False, "strict": False,
+    "causal_alignment": "bottom-right", "return_lse": False, "strict": False, "num_heads_q": None,
 }  # fmt: skip
 BEYOND = [
     "attn_bias", "attn_mask", "key_padding_mask", "learnable_sink", "causal_alignment", "return_lse", "strict",
@@ -43,10 +44,14 @@ LENGTHS = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
     "function, positional, keyword_only",
     [
         (flash_attn_func, ["q", "k", "v", *OPTIONS], BEYOND),
-        (flash_attn_qkvpacked_func, ["qkv", *OPTIONS], BEYOND),
+        (flash_attn_qkvpacked_func, ["qkv", *OPTIONS], [*BEYOND, "num_heads_q"]),
         (flash_attn_kvpacked_func, ["q", "kv", *OPTIONS], BEYOND),
         (flash_attn_varlen_func, ["q", "k", "v", *LENGTHS, *OPTIONS, "block_table"], USED + BEYOND),
-        (flash_attn_varlen_qkvpacked_func, ["qkv", "cu_seqlens", "max_seqlen", *OPTIONS], USED + BEYOND),
+        (
+            flash_attn_varlen_qkvpacked_func,
+            ["qkv", "cu_seqlens", "max_seqlen", *OPTIONS],
+            [*USED, *BEYOND, "num_heads_q"],
+        ),
         (flash_attn_varlen_kvpacked_func, ["q", "kv", *LENGTHS, *OPTIONS], USED + BEYOND),
     ],
 )
@@ -78,7 +83,18 @@ ALL_OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def assert_same(function, packed: list[Tensor], separate, tensors: list[Tensor], **options: Any) -> None:
+stack_parts = partial(torch.stack, dim=-3)
+join_heads = partial(torch.cat, dim=-2)
+
+
+def assert_same(
+    function,
+    packed: list[Tensor],
+    separate,
+    tensors: list[Tensor],
+    together: Any = stack_parts,
+    **options: Any,
+) -> None:
     """Both functions give the same (out, lse, probabilities), and the gradient of each tensor of ``packed``."""
     results = []
     for attend, leaves in ((function, packed), (separate, tensors)):
@@ -88,9 +104,7 @@ def assert_same(function, packed: list[Tensor], separate, tensors: list[Tensor],
         results.append((out, lse, probabilities, torch.autograd.grad(loss, leaves)))
     torch.testing.assert_close(results[0][:3], results[1][:3])
     gradients = results[1][3]
-    stacked = (
-        [torch.stack(gradients, -3)] if len(packed) == 1 else [gradients[0], torch.stack(gradients[1:], -3)]
-    )
+    stacked = [together(gradients)] if len(packed) == 1 else [gradients[0], together(gradients[1:])]
     torch.testing.assert_close(list(results[0][3]), stacked)
 
 
@@ -129,6 +143,31 @@ def test_packed_tensors_of_packed_sequences(options: dict[str, Any], used: dict[
         return flash_attn_varlen_qkvpacked_func(qkv, CU_Q, 15, **options)
 
     assert_same(qkvpacked, [qkv], one_length, parts, **options, **used)
+
+
+@pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["plain", "all options"])
+def test_heads_that_follow_each_other(options: dict[str, Any]) -> None:
+    """Four of queries, two of keys and two of values in one tensor, dense and packed."""
+    heads = torch.randn(2, 9, 8, 8, requires_grad=True)
+    parts = [x.detach().requires_grad_() for x in heads.split([4, 2, 2], dim=2)]
+    one = partial(flash_attn_qkvpacked_func, num_heads_q=4)
+    assert_same(one, [heads], flash_attn_func, parts, join_heads, **options)
+
+    def packed(heads: Tensor, **options: Any) -> Any:
+        return flash_attn_varlen_qkvpacked_func(heads, CU_Q, 15, num_heads_q=4, **options)
+
+    def apart(*parts: Tensor, **options: Any) -> Any:
+        return flash_attn_varlen_func(*parts, CU_Q, CU_Q, 15, 15, **options)
+
+    heads, *parts = (x.detach().flatten(0, 1).requires_grad_() for x in (heads, *parts))
+    assert_same(packed, [heads], apart, parts, join_heads, **options)
+
+
+def test_qkv_of_any_strides() -> None:
+    """Also where its heads do not follow each other in memory."""
+    qkv = torch.randn(2, 9, 4, 3, 8).transpose(2, 3).requires_grad_()
+    parts = [x.detach().requires_grad_() for x in qkv.unbind(2)]
+    assert_same(flash_attn_qkvpacked_func, [qkv], flash_attn_func, parts)
 
 
 def test_what_is_returned() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -323,6 +324,30 @@ OTHERS: list[tuple[str, Any, tuple[Any, ...], str]] = [
     ),
     ("rank of qkv", flash_attn_qkvpacked_func, (QKV[0],), r"qkv: got shape \(5, 3, 4, 8\)"),
     ("qkv in a list", flash_attn_qkvpacked_func, ([Q, Q, Q],), r"qkv: got list; expected a torch.Tensor"),
+    (
+        "queries alone",
+        partial(flash_attn_qkvpacked_func, num_heads_q=8),
+        (QKV.flatten(2, 3)[:, :, :9],),
+        "num_heads_q: got 8 of 9 heads; expected an even number of further heads, keys and values",
+    ),
+    (
+        "no queries",
+        partial(flash_attn_qkvpacked_func, num_heads_q=0),
+        (QKV[0],),
+        "num_heads_q: got 0; expected a pos",
+    ),
+    (
+        "heads in two dimensions",
+        partial(flash_attn_qkvpacked_func, num_heads_q=4),
+        (QKV,),
+        r"qkv: got shape .* expected shape \(batch, seqlen, num_heads_q \+ 2 \* num_heads_kv, head_dim\)",
+    ),
+    (
+        "heads in a list",
+        partial(flash_attn_varlen_qkvpacked_func, num_heads_q=4),
+        ([Q], CU_Q),
+        "qkv: got list",
+    ),
     (
         "two of kv",
         flash_attn_kvpacked_func,

@@ -91,6 +91,38 @@ def test_packed_functions_equal_separate_tensors(packing: str, varlen: bool) -> 
     assert torch.equal(stacked, torch.stack(expected_gradients, dim=-3))
 
 
+@pytest.mark.parametrize(
+    "dims, heads", [(64, (4, 4)), (128, (6, 2)), (96, (8, 1)), (256, (2, 2)), (20, (2, 1))]
+)
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any order", "deterministic"])
+def test_one_gradient_has_the_bits_of_three(
+    dims: int, heads: tuple[int, int], varlen: bool, deterministic: bool
+) -> None:
+    """Of heads in one tensor, on both kinds of kernels; dQ's sums have no order unless they are deterministic."""
+    H, Hk = heads
+    rows = (700,) if varlen else (2, 350)
+    qkv = torch.randn(*rows, H + 2 * Hk, dims, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    dout = torch.randn(*rows, H, dims, device="cuda", dtype=torch.bfloat16)
+    cu_seqlens = torch.tensor([0, 20, 20, 700], dtype=torch.int32, device="cuda")
+    options = {"causal": True, "deterministic": deterministic, "strict": True}
+    q, k, v = (x.detach().requires_grad_() for x in qkv.split((H, Hk, Hk), dim=-2))
+    if varlen:
+        expected = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 680, 680, **options)
+        out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 680, num_heads_q=H, **options)
+    else:
+        expected = flash_attn_func(q, k, v, **options)
+        out = flash_attn_qkvpacked_func(qkv, num_heads_q=H, **options)
+    assert torch.equal(out, expected)
+    dq, dk, dv = torch.autograd.grad(expected, (q, k, v), dout)
+    (gradient,) = torch.autograd.grad(out, qkv, dout)
+    assert gradient.is_contiguous() and torch.equal(gradient[..., H:, :], torch.cat([dk, dv], dim=-2))
+    if deterministic:
+        assert torch.equal(gradient[..., :H, :], dq)
+    else:
+        torch.testing.assert_close(gradient[..., :H, :], dq, rtol=2**-7, atol=2**-9)
+
+
 MODIFIERS = {
     "attn_bias": "bhqk", "attn_mask": "hqk", "key_padding": True, "alibi_slopes": "bh", "sink_dtype": torch.float32,
 }  # fmt: skip

@@ -98,6 +98,16 @@ def test_sm90_operator_passes_torch_checks(packed: bool) -> None:
     torch.library.opcheck(library.sm90_backward, arguments, {**optional, "dlse": torch.randn_like(lse)})
 
 
+@pytest.mark.parametrize("path", ["sm80", "sm90"])
+def test_one_gradient_passes_torch_checks(path: str) -> None:
+    assert library.load_error() is None
+    heads = randn(B, SQ, H + 2 * HK, 64).split((H, HK, HK), dim=2)
+    out, lse = library.sm80_forward(*heads, *OPTIONS)
+    arguments = (torch.randn_like(out), *heads, out, lse, False, *OPTIONS)
+    backward = {"sm80": library.sm80_backward, "sm90": library.sm90_backward}[path]
+    torch.library.opcheck(backward, arguments, {"one_gradient": True})
+
+
 def test_paged_forward_passes_torch_checks() -> None:
     assert library.load_error() is None
     q, pages = randn(SQ, H, 64), randn(6, 16, HK, 64)

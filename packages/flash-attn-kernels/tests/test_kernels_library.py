@@ -59,6 +59,8 @@ def test_shapes_without_a_gpu(device: str) -> None:
             for x, gradient in zip((q, k, v), gradients[:3], strict=True):
                 assert gradient.shape == x.shape and gradient.dtype == x.dtype
             assert gradients[3:] == (None, None, None)
+            whole, *rest = backward(out, q, k, k, out, lse, False, *OPTIONS, one_gradient=True)
+            assert whole.shape == (2, 5, 12, 64) and [x.numel() for x in rest[:2]] == [0, 0]
 
 
 @needs_library

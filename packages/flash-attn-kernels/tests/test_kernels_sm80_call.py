@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from flash_attn_kernels import call, flash_attn_func, flash_attn_varlen_func, library, portable
+from flash_attn_kernels import (
+    call,
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    library,
+    portable,
+)
 from flash_attn_kernels.dispatch import Explanation
 from flash_attn_kernels.inputs import AttentionInputs, PackedLayout, ScoreModifiers
 from flash_attn_kernels.options import AttentionOptions
@@ -39,7 +46,8 @@ FORWARD_DENSE = (
 BACKWARD = (
     "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool deterministic,"
     f" {_OPTIONS}, {_OPTIONAL}, Tensor? dlse=None, bool needs_attn_bias=False, bool needs_alibi_slopes=False,"
-    " bool needs_learnable_sink=False) -> (Tensor, Tensor, Tensor, Tensor?, Tensor?, Tensor?)"
+    " bool needs_learnable_sink=False, bool one_gradient=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor?, Tensor?, Tensor?)"
 )
 FORWARD_SM90 = (
     f"forward_sm90(Tensor q, Tensor k, Tensor v, {_OPTIONS}, float softcap=0., Tensor? learnable_sink=None,"
@@ -120,8 +128,9 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """As the kernels do it: per-sequence gradients of slopes and sink, in fp32."""
     names = ("softmax_scale", "window_left", "window_right", "top_left", "softcap", "dropout_p", *_TENSORS)
-    given = dict(zip((*names, "dlse", "bias", "slopes", "sink"), options, strict=False))
-    dlse, *needed = (given.pop(name, None) for name in ("dlse", "bias", "slopes", "sink"))
+    asked = ("dlse", "bias", "slopes", "sink", "one_gradient")
+    given = dict(zip((*names, *asked), options, strict=False))
+    dlse, *needed, one_gradient = (given.pop(name, None) for name in asked)
     needs_bias, needs_slopes, needs_sink = map(bool, needed)
     assert dlse is None or (dlse.dtype == torch.float32 and dlse.is_contiguous())
     inputs = inputs_of(q, k, v, **given)
@@ -161,6 +170,8 @@ def backward(
     if needs_sink:  # all of it in the first sequence: only the sum is looked at
         dsink = torch.cat([gradients.learnable_sink[None], torch.zeros(batch - 1, q.shape[-2])])
     dqkv = (x.clone(memory_format=torch.contiguous_format) for x in (gradients.q, gradients.k, gradients.v))
+    if one_gradient:
+        dqkv = torch.cat(list(dqkv), dim=-2), k.new_empty(0), v.new_empty(0)
     return (*dqkv, dbias, dslopes, dsink)
 
 
@@ -420,9 +431,9 @@ def test_a_plain_call_passes_few_arguments(path: str, monkeypatch: pytest.Monkey
     def count_arguments_of(name: str) -> None:
         operator = getattr(library, name)
 
-        def counting(*arguments: Any) -> Any:
-            calls[name] = len(arguments)
-            return operator(*arguments)
+        def counting(*arguments: Any, **named: Any) -> Any:
+            calls[name] = len(arguments) + len(named)
+            return operator(*arguments, **named)
 
         monkeypatch.setattr(library, name, counting)
 
@@ -431,6 +442,34 @@ def test_a_plain_call_passes_few_arguments(path: str, monkeypatch: pytest.Monkey
     run_on(path, monkeypatch)
     flash_attn_func(**leaves(), causal=True).sum().backward()
     assert calls == {f"{path}_forward_dense": 5, f"{path}_backward": 11}
+
+
+@pytest.mark.parametrize("path", ["sm80", "sm90"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_gradient_of_heads_in_one_tensor(
+    path: str, compiled: bool, monkeypatch: pytest.MonkeyPatch, fresh_compiler: None
+) -> None:
+    """The operator makes it: nothing is put together behind it."""
+    run_on(path, monkeypatch)
+    heads = torch.randn(2, 9, 8, 8, requires_grad=True)
+    sink = torch.randn(4, requires_grad=True)
+
+    def attend(heads: Tensor, sink: Tensor) -> Tensor:
+        return flash_attn_qkvpacked_func(heads, causal=True, learnable_sink=sink, num_heads_q=4)
+
+    def apart(heads: Tensor, sink: Tensor) -> Tensor:
+        return flash_attn_func(*heads.split((4, 2, 2), dim=2), causal=True, learnable_sink=sink)
+
+    expected = torch.autograd.grad(apart(heads, sink).sin().sum(), (heads, sink))
+    joined: list[int] = []
+    cat = torch.cat
+    function = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    loss = function(heads, sink).sin().sum()
+    monkeypatch.setattr(torch, "cat", lambda *args, **named: (joined.append(1), cat(*args, **named))[1])
+    gradients = torch.autograd.grad(loss, (heads, sink))
+    torch.testing.assert_close(gradients, expected)
+    # The stand-in for the operator joins them, and the sink's.
+    assert len(joined) == 2
 
 
 # The operators' schemas and fakes
@@ -451,6 +490,10 @@ def test_fakes_describe_what_the_operators_return(operators: Any) -> None:
             (out, *dense, out, lse, False, *options),
             {**modifiers, **{f"needs_{name}": needed for name in modifiers}},
         )
+    heads = torch.randn(2, 9, 8, 8).split((4, 2, 2), dim=2)
+    out, lse = operators.forward(*heads, *options)
+    arguments = (out, *heads, out, lse, False, *options)
+    torch.library.opcheck(operators.backward.default, arguments, {"one_gradient": True})
 
 
 @pytest.mark.parametrize("schema, kernel, fake", STAND_INS, ids=lambda x: getattr(x, "__name__", ""))

@@ -133,8 +133,8 @@ def test_dropout_is_alike_where_ranks_hold_the_same(group, device) -> None:
     with torch.no_grad():
         for parameter in (mixer.Wqkv.weight, mixer.Wqkv.bias):
             parameter.copy_(all_ranks(parameter, group)[0])
-    q, k, v = torch.randn(3, 1, 12, 2, mixer.d_head, device=device, dtype=FP64)
-    outs = all_ranks(mixer._attend(q, k, v, None), group)
+    heads = torch.randn(1, 12, 3 * 2, mixer.d_head, device=device, dtype=FP64)
+    outs = all_ranks(mixer._attend(heads, None), group)
     assert not any(torch.equal(outs[0], other) for other in outs[1:])
     draws = all_ranks(torch.rand(4, device=device), group)
     assert all(torch.equal(draws[0], other) for other in draws[1:])

@@ -82,10 +82,10 @@ class Group:
 
 
 SMALL = (
-    Contestant("one GPU", 1, "single", 32),
-    Contestant("DDP", 2, "ddp", 32),
-    Contestant("tensor parallel", 2, "tensor_parallel", 32),
-    Contestant("one GPU, two passes", 1, "single", 16, passes=2),
+    Contestant("one GPU", 1, "single", 64),
+    Contestant("DDP", 2, "ddp", 64),
+    Contestant("tensor parallel", 2, "tensor_parallel", 64),
+    Contestant("one GPU, two passes", 1, "single", 32, passes=2),
 )
 LARGE = (
     Contestant("large DDP", 2, "ddp", 4),

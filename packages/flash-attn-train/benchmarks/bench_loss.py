@@ -44,15 +44,15 @@ Attention = Callable[..., Tensor]
 Batches = Callable[[int], dict[str, Tensor]]  # by number of the step
 
 
-def float32_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **others: Any) -> Tensor:
-    """torch's causal attention on float32 copies: q, k, v (B,S,H,D)."""
+def float32_attention(heads: Tensor, *, num_heads_q: int, causal: bool, **others: Any) -> Tensor:
+    """torch's causal attention on float32 copies: heads (B,S,3H,D), those of queries, of keys and of values."""
     used = {name: value for name, value in others.items() if value not in (None, 0.0, (-1, -1), (None, None))}
     if used or not causal:
         raise ValueError(f"options: got {used} and causal={causal}, expected those of a plain GPT-2")
-    with torch.autocast(q.device.type, enabled=False):
-        q_BHSD, k_BHSD, v_BHSD = (x.float().transpose(1, 2) for x in (q, k, v))
+    with torch.autocast(heads.device.type, enabled=False):
+        q_BHSD, k_BHSD, v_BHSD = heads.float().transpose(1, 2).split(num_heads_q, dim=1)
         out = F.scaled_dot_product_attention(q_BHSD, k_BHSD, v_BHSD, is_causal=True)
-    return out.transpose(1, 2).to(q.dtype)
+    return out.transpose(1, 2).to(heads.dtype)
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def attention_in(function: Attention | None) -> Iterator[None]:
     if function is None:
         yield
     else:
-        with mock.patch("flash_attn_models.layers.attention.flash_attn_func", function):
+        with mock.patch("flash_attn_models.layers.attention.flash_attn_qkvpacked_func", function):
             yield
 
 

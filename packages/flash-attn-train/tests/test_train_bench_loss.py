@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from flash_attn_models.attention import flash_attn_func
+from flash_attn_models.attention import flash_attn_qkvpacked_func
 from flash_attn_models.gpt import GPTLMHeadModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -101,8 +101,11 @@ def test_the_model_is_gpt2_124m() -> None:
 
 
 def test_float32_attention_is_attention_and_the_model_takes_it() -> None:
-    q, k, v = torch.randn(3, 2, 8, 2, 16, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(float32_attention(q, k, v, causal=True), flash_attn_func(q, k, v, causal=True))
+    heads = torch.randn(2, 8, 6, 16, generator=torch.Generator().manual_seed(0))
+    options = {"num_heads_q": 2, "causal": True}
+    torch.testing.assert_close(
+        float32_attention(heads, **options), flash_attn_qkvpacked_func(heads, **options)
+    )
     calls = []
 
     def counted(*args: Any, **options: Any) -> torch.Tensor:
@@ -119,6 +122,6 @@ def test_float32_attention_is_attention_and_the_model_takes_it() -> None:
 
 @pytest.mark.parametrize("options", [{"causal": False}, {"causal": True, "softcap": 20.0}])
 def test_float32_attention_ignores_no_option(options: dict[str, Any]) -> None:
-    q = torch.randn(1, 4, 1, 8)
+    heads = torch.randn(1, 4, 3, 8)
     with pytest.raises(ValueError, match="plain GPT-2"):
-        float32_attention(q, q, q, **options)
+        float32_attention(heads, num_heads_q=1, **options)

@@ -9,7 +9,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
+#include <span>
 #include <tuple>
 #include <utility>
 
@@ -99,7 +101,41 @@ struct BackwardRequest {
   bool deterministic;
   std::optional<Tensor> dlse;
   bool needs_attn_bias, needs_alibi_slopes, needs_learnable_sink;
+  bool one_gradient;
   bool prefers_sm90;
+};
+
+// Of q, k and v: the tensors, and where each is written.
+struct InputGradients {
+  Operand dq, dk, dv;
+  TensorView dq_view, dk_view, dv_view;
+
+  static InputGradients apart(const Operand& q, const Operand& k, const Operand& v) {
+    const Operand dq(new_contiguous(q)), dk(new_contiguous(k)), dv(new_contiguous(v));
+    return {dq, dk, dv, view_of(dq), view_of(dk), view_of(dv)};
+  }
+
+  // The heads of q, k and v follow each other in one tensor, which is the first of the three.
+  static InputGradients in_one(const Operand& q, const Operand& k, const Operand& v) {
+    const int64_t head = q.dim() - 2, heads = q.size(head), kv_heads = k.size(head), head_dim = q.size(head + 1);
+    int64_t sizes[kMaxDims];
+    for (int64_t d = 0; d < q.dim(); ++d) {
+      sizes[d] = q.size(d);
+      STD_TORCH_CHECK(d == head || (k.size(d) == sizes[d] && v.size(d) == sizes[d]),
+                      "one_gradient: q, k and v must be equal in all sizes but the heads");
+    }
+    STD_TORCH_CHECK(v.size(head) == kv_heads, "one_gradient: k and v must have as many heads");
+    sizes[head] = heads + 2 * kv_heads;
+    const Operand all(new_tensor(q, std::span<const int64_t>(sizes, q.dim()), q.scalar_type()));
+    const auto nothing = [&] { return Operand(new_tensor(q, {0}, q.scalar_type())); };
+    TensorView view = view_of(all);
+    const auto from_head = [&](int64_t first) {
+      TensorView part = view;
+      part.data = static_cast<uint16_t*>(view.data) + first * head_dim;
+      return part;
+    };
+    return {all, nothing(), nothing(), view, from_head(heads), from_head(heads + kv_heads)};
+  }
 };
 
 using BackwardResults =
@@ -123,7 +159,8 @@ int sm90_interleave(const BackwardParams& params, int head_dim) {
 BackwardResults run_backward(const AttentionArguments& arguments, const Tensor& dout_given, const Tensor& q_given,
                              const Tensor& k_given, const Tensor& v_given, const Tensor& out_given, const Tensor& lse,
                              const BackwardRequest& request) {
-  const auto& [deterministic, dlse, needs_attn_bias, needs_alibi_slopes, needs_learnable_sink, prefers_sm90] = request;
+  const auto& [deterministic, dlse, needs_attn_bias, needs_alibi_slopes, needs_learnable_sink, one_gradient,
+               prefers_sm90] = request;
   STD_TORCH_CHECK(!arguments.paged(), "block_table: paged keys have no backward");
   const torch::stable::accelerator::DeviceGuard guard(q_given.get_device_index());
   const int64_t dim = arguments.packed() ? 3 : 4;
@@ -139,7 +176,8 @@ BackwardResults run_backward(const AttentionArguments& arguments, const Tensor& 
   check_lse("lse", lse);
   if (dlse.has_value()) check_lse("dlse", *dlse);
 
-  const Operand dq(new_contiguous(q)), dk(new_contiguous(k)), dv(new_contiguous(v));
+  const auto [dq, dk, dv, dq_view, dk_view, dv_view] =
+      one_gradient ? InputGradients::in_one(q, k, v) : InputGradients::apart(q, k, v);
   BackwardParams params{attention_params(arguments, q, k, v, out, {&q, &k, &v, &out, &dout, &dq, &dk, &dv})};
   const ProblemShape& shape = params.shape;
   const DeviceLimits& limits = device_limits(q.get_device_index());
@@ -151,7 +189,7 @@ BackwardResults run_backward(const AttentionArguments& arguments, const Tensor& 
   const std::optional<BackwardTile> sm90_tile =
       prefers_sm90 ? sm90_backward_tile(params, deterministic, q) : std::nullopt;
   const BackwardTile tile = sm90_tile.value_or(BackwardTile{sm80_tile.rows, sm80_tile.columns, sm80_tile.head_dim});
-  params.dout = view_of(dout), params.dq = view_of(dq), params.dk = view_of(dk), params.dv = view_of(dv);
+  params.dout = view_of(dout), params.dq = dq_view, params.dk = dk_view, params.dv = dv_view;
   params.lse = float_data(lse);
   params.dlse = dlse.has_value() ? float_data(*dlse) : nullptr;
   params.query_slots = slot_count(params.queries, shape.batch, tile.rows);
@@ -228,16 +266,18 @@ BackwardResults run_backward(const AttentionArguments& arguments, const Tensor& 
 
 BackwardResults sm80_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool deterministic,
                               FLASH_ATTN_PARAMETERS, std::optional<Tensor> dlse, bool needs_attn_bias,
-                              bool needs_alibi_slopes, bool needs_learnable_sink) {
-  return run_backward({FLASH_ATTN_ARGUMENTS}, dout, q, k, v, out, lse,
-                      {deterministic, dlse, needs_attn_bias, needs_alibi_slopes, needs_learnable_sink, false});
+                              bool needs_alibi_slopes, bool needs_learnable_sink, bool one_gradient) {
+  return run_backward(
+      {FLASH_ATTN_ARGUMENTS}, dout, q, k, v, out, lse,
+      {deterministic, dlse, needs_attn_bias, needs_alibi_slopes, needs_learnable_sink, one_gradient, false});
 }
 
 BackwardResults sm90_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool deterministic,
                               FLASH_ATTN_PARAMETERS, std::optional<Tensor> dlse, bool needs_attn_bias,
-                              bool needs_alibi_slopes, bool needs_learnable_sink) {
-  return run_backward({FLASH_ATTN_ARGUMENTS}, dout, q, k, v, out, lse,
-                      {deterministic, dlse, needs_attn_bias, needs_alibi_slopes, needs_learnable_sink, true});
+                              bool needs_alibi_slopes, bool needs_learnable_sink, bool one_gradient) {
+  return run_backward(
+      {FLASH_ATTN_ARGUMENTS}, dout, q, k, v, out, lse,
+      {deterministic, dlse, needs_attn_bias, needs_alibi_slopes, needs_learnable_sink, one_gradient, true});
 }
 
 namespace {

@@ -11,7 +11,8 @@ STABLE_TORCH_LIBRARY(flash_attn_kernels, m) {
   // The same for what most calls are: dense, with all keys visible or the causal mask aligned at the bottom right, and
   // nothing else. Every argument costs time, some 0.25 us for a number, a third of it for what is left out.
   m.def("sm80_forward_dense(" FLASH_ATTN_SCHEMA_DENSE ") -> (Tensor, Tensor)");
-  // Gradients of q, k, v, and of attn_bias, alibi_slopes (B, H) and learnable_sink (B, H) where they are needed.
+  // Gradients of q, k, v, and of attn_bias, alibi_slopes (B, H) and learnable_sink (B, H) where they are needed. With
+  // one_gradient the first is that of a tensor with the heads of q, k and v, and the next two have no elements.
   m.def("sm80_backward(" FLASH_ATTN_SCHEMA_BACKWARD);
   // The forward on a device of compute capability 9.x. Rows that are not 16-byte aligned go to the sm80 kernels.
   m.def("sm90_forward(Tensor q, Tensor k, Tensor v," FLASH_ATTN_SCHEMA_OPTIONS

@@ -17,7 +17,8 @@
   "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool "        \
   "deterministic," FLASH_ATTN_SCHEMA_OPTIONS "," FLASH_ATTN_SCHEMA_OPTIONAL         \
   ", Tensor? dlse=None, bool needs_attn_bias=False, bool needs_alibi_slopes=False," \
-  " bool needs_learnable_sink=False) -> (Tensor, Tensor, Tensor, Tensor?, Tensor?, Tensor?)"
+  " bool needs_learnable_sink=False, bool one_gradient=False)"                      \
+  " -> (Tensor, Tensor, Tensor, Tensor?, Tensor?, Tensor?)"
 
 #define FLASH_ATTN_SCHEMA_DENSE "Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal"
 

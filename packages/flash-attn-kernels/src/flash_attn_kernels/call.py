@@ -45,8 +45,15 @@ def run(
     return_attn_probs: bool,
     return_lse: bool,
     strict: bool,
+    heads: Tensor | None = None,
 ) -> Any:
-    """out, (out, lse) or (out, lse, probabilities), as the public functions describe them."""
+    """out, (out, lse) or (out, lse, probabilities), as the public functions describe them.
+
+    ``heads`` (..., H + 2 Hk, D): what q, k and v are views of, if they follow each other in one tensor.
+    """
+    if heads is not None and autocast_is_on(heads):
+        heads = to_autocast_dtype(heads, heads.device.type)
+        q, k, v = autograd.split_heads(heads, q.shape[-2])
     q, k, v, autocast, score_modifiers, needs_gradient, options, explanation = prepare(
         q, k, v, packed, option_arguments, modifier_arguments
     )
@@ -66,6 +73,7 @@ def run(
         path,
         needs_gradient,
         return_lse or return_attn_probs,
+        heads,
     )
     if return_attn_probs:
         assert lse is not None  # since it was asked for

@@ -198,6 +198,7 @@ def _fake_backward(
     needs_attn_bias: bool = False,
     needs_alibi_slopes: bool = False,
     needs_learnable_sink: bool = False,
+    one_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
 
@@ -209,10 +210,13 @@ def _fake_backward(
         is_full = cu_seqlens_q is None and attn_bias.shape == (batch, q.shape[2], q.shape[1], k.shape[1])
         # Every element of a full bias is written once: nothing to sum in fp32.
         dbias = attn_bias.new_empty(attn_bias.shape, dtype=attn_bias.dtype if is_full else torch.float32)
+    if one_gradient:
+        *tokens, H, D = q.shape
+        of_inputs = q.new_empty((*tokens, H + 2 * k.shape[-2], D)), k.new_empty(0), v.new_empty(0)
+    else:
+        of_inputs = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
+        *of_inputs,
         dbias,
         per_head(needs_alibi_slopes),
         per_head(needs_learnable_sink),

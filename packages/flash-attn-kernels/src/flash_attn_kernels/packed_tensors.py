@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .autograd import split_heads
 from .call import run
 from .errors import bad_argument
 from .inputs import PackedLayout
@@ -33,9 +34,13 @@ def flash_attn_qkvpacked_func(
     causal_alignment: str = "bottom-right",
     return_lse: bool = False,
     strict: bool = False,
+    num_heads_q: int | None = None,
 ) -> Any:
-    """:func:`flash_attn_func` of qkv (B, S, 3, H, D)."""
-    q, k, v = _parts("qkv", qkv, 3, "(batch, seqlen, 3, heads, head_dim)")
+    """:func:`flash_attn_func` of qkv (B, S, 3, H, D); with ``num_heads_q`` H of qkv (B, S, H + 2 Hk, D).
+
+    The gradient of qkv is made in one piece, which that of three separate tensors is not.
+    """
+    heads, q, k, v = _heads_of(qkv, num_heads_q, ("batch", "seqlen"))
     return run(
         q,
         k,
@@ -46,6 +51,7 @@ def flash_attn_qkvpacked_func(
         return_attn_probs,
         return_lse,
         strict,
+        heads,
     )
 
 
@@ -106,10 +112,14 @@ def flash_attn_varlen_qkvpacked_func(
     causal_alignment: str = "bottom-right",
     return_lse: bool = False,
     strict: bool = False,
+    num_heads_q: int | None = None,
 ) -> Any:
-    """:func:`flash_attn_varlen_func` of qkv (T, 3, H, D), with one ``cu_seqlens`` int32 (B + 1,) for q, k and v."""
+    """:func:`flash_attn_varlen_func` of qkv (T, 3, H, D), with one ``cu_seqlens`` int32 (B + 1,) for q, k and v.
+
+    With ``num_heads_q`` H it is (T, H + 2 Hk, D).
+    """
     del max_seqlen  # a hint: the paths read the lengths themselves
-    q, k, v = _parts("qkv", qkv, 3, "(total_tokens, 3, heads, head_dim)")
+    heads, q, k, v = _heads_of(qkv, num_heads_q, ("total_tokens",))
     return run(
         q,
         k,
@@ -120,6 +130,7 @@ def flash_attn_varlen_qkvpacked_func(
         return_attn_probs,
         return_lse,
         strict,
+        heads,
     )
 
 
@@ -177,3 +188,36 @@ def _parts(name: str, packed: Tensor, count: int, shape: str) -> tuple[Tensor, .
             f"stack the {count} tensors at dimension -3",
         )
     return packed.unbind(dim=-3)
+
+
+def _heads_of(
+    qkv: Tensor, num_heads_q: int | None, tokens: tuple[str, ...]
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """qkv as (..., H + 2 Hk, D), and q, k and v as views; the first is None where it would be a copy."""
+    if num_heads_q is None:
+        q, k, v = _parts("qkv", qkv, 3, f"({', '.join(tokens)}, 3, heads, head_dim)")
+        follow_each_other = qkv.stride(-3) == qkv.shape[-2] * qkv.stride(-2)
+        return qkv.flatten(-3, -2) if follow_each_other else None, q, k, v
+    shape = f"({', '.join(tokens)}, num_heads_q + 2 * num_heads_kv, head_dim)"
+    if not isinstance(qkv, Tensor):
+        raise bad_argument("qkv", type(qkv).__name__, "a torch.Tensor", "convert it with torch.as_tensor")
+    if qkv.dim() != len(tokens) + 2:
+        raise bad_argument(
+            "qkv",
+            f"shape {tuple(qkv.shape)}",
+            f"shape {shape}",
+            "leave num_heads_q out for qkv with a dimension of 3",
+        )
+    if isinstance(num_heads_q, bool) or not isinstance(num_heads_q, int) or num_heads_q < 1:
+        raise bad_argument(
+            "num_heads_q", repr(num_heads_q), "a positive int", "pass how many of the heads are queries"
+        )
+    others = qkv.shape[-2] - num_heads_q
+    if others < 2 or others % 2:
+        raise bad_argument(
+            "num_heads_q",
+            f"{num_heads_q} of {qkv.shape[-2]} heads",
+            "an even number of further heads, keys and values",
+            "pass how many of the heads are queries",
+        )
+    return qkv, *split_heads(qkv, num_heads_q)

@@ -48,15 +48,18 @@ def backward(
     needs_attn_bias: bool,
     needs_alibi_slopes: bool,
     needs_learnable_sink: bool,
+    one_gradient: bool = False,
     operator: Any = None,
 ) -> Gradients:
     """Gradients of ``sum(dout * out) + sum(dlse * lse)``, each in the shape and dtype of its tensor in ``inputs``.
 
-    ``operator`` takes the arguments of ``library.sm80_backward``, which is the default.
+    With ``one_gradient`` the first is that of all heads of q, k and v in one tensor (..., H + 2 Hk, D), and those of k
+    and v have no elements. ``operator`` takes the arguments of ``library.sm80_backward``, which is the default.
     """
     q, k, v, options, *_ = inputs
     left, right = window(options)
     optional: tuple[Any, ...] = ()
+    named = {"one_gradient": True} if one_gradient else {}
     if dlse is not None or not _is_plain(inputs):
         optional = (
             *_optional_arguments(inputs),
@@ -78,6 +81,7 @@ def backward(
         right,
         options.top_left,
         *optional,
+        **named,
     )
     modifiers = inputs.modifiers
     attn_bias = alibi_slopes = learnable_sink = None

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import torch
-from flash_attn_ops.attention import Explanation, explain, flash_attn_func, flash_attn_varlen_func
+from flash_attn_ops.attention import (
+    Explanation,
+    explain,
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 from flash_attn_models.errors import bad_argument
 from flash_attn_models.gpt.config import GPTConfig
 
-__all__ = ["Explanation", "attention_path", "explain", "flash_attn_func", "flash_attn_varlen_func"]
+__all__ = [
+    "Explanation",
+    "attention_path",
+    "explain",
+    "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_qkvpacked_func",
+]
 
 
 def attention_path(

@@ -17,16 +17,7 @@ void launch_backward(const BackwardParams& params, const LaunchTarget& target) {
     launch<&backward_kernel<Element, Config>>(key_blocks, Config::kThreads, Config::kSharedBytes, target, params);
     launch<&backward_dq_kernel<Element, Config>>(query_blocks, Config::kThreads, Config::QueryTile::kBytes, target,
                                                  params);
-    if (params.dk_partial != nullptr) {
-      const int64_t rows = params.keys.rows * (params.keys.cu_seqlens == nullptr ? params.shape.batch : int64_t{1});
-      const auto sum = [&](const float* parts, const TensorView& gradient, int head_dim) {
-        const int64_t elements = rows * kv_heads * head_dim;
-        launch<&key_gradients_kernel<Element>>((elements + 255) / 256, 256, 0, target,
-                                               KeyGradientParams{parts, gradient.data, elements, params.group_splits});
-      };
-      sum(params.dk_partial, params.dk, params.shape.head_dim);
-      sum(params.dv_partial, params.dv, params.shape.head_dim_v);
-    }
+    launch_key_gradients<Element>(params, target);
   });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../../ptx/special_registers.cuh"
+#include "../launch.h"
 #include "../params.h"
 #include "../sequence.cuh"
 #include "../shared_tile.cuh"
@@ -77,11 +78,13 @@ __device__ __forceinline__ void store_key_gradients(const BackwardParams& params
   store(v_tile, params.dv, params.shape.head_dim_v);
 }
 
-// Sum of the parts, rounded. The gradient is contiguous, so that one index serves both sides.
+// Sum of the parts, rounded. Rows of the parts follow each other, those of the gradient are `row_stride` apart.
 struct KeyGradientParams {
   const float* parts;
   void* gradient;
   int64_t elements;  // of the gradient
+  int64_t row_stride;
+  int row_elements;
   int splits;
 };
 
@@ -91,7 +94,25 @@ __global__ void __launch_bounds__(256) key_gradients_kernel(const __grid_constan
   if (element >= params.elements) return;
   float sum = 0.f;
   for (int split = 0; split < params.splits; ++split) sum += params.parts[split * params.elements + element];
-  static_cast<Element*>(params.gradient)[element] = Element(sum);
+  const int64_t row = element / params.row_elements;
+  const int64_t column = element - row * params.row_elements;
+  static_cast<Element*>(params.gradient)[row * params.row_stride + column] = Element(sum);
+}
+
+// Of dK and dV, if they were made in parts. Sequences of a dense gradient follow each other like its rows.
+template <typename Element>
+void launch_key_gradients(const BackwardParams& params, const LaunchTarget& target) {
+  if (params.dk_partial == nullptr) return;
+  const int64_t rows = params.keys.rows * (params.keys.cu_seqlens == nullptr ? params.shape.batch : int64_t{1});
+  const auto sum = [&](const float* parts, const TensorView& gradient, int head_dim) {
+    const int row_elements = params.shape.heads / params.shape.heads_per_kv_head * head_dim;
+    const int64_t elements = rows * row_elements;
+    launch<&key_gradients_kernel<Element>>(
+        (elements + 255) / 256, 256, 0, target,
+        KeyGradientParams{parts, gradient.data, elements, gradient.row_stride, row_elements, params.group_splits});
+  };
+  sum(params.dk_partial, params.dk, params.shape.head_dim);
+  sum(params.dv_partial, params.dv, params.shape.head_dim_v);
 }
 
 }  // namespace flash_attn::sm80

@@ -53,17 +53,7 @@ void launch_backward(const BackwardParams& params, int* work_counter, const Laun
         BackwardKernelParams{maps, params, static_cast<int>(works), work_counter});
   }
   launch<&backward_dq_kernel<Element, Config>>(query_blocks, RowKernels::kThreads, 0, target, params);
-  if (params.dk_partial != nullptr) {
-    const int64_t rows = params.keys.rows * (params.keys.cu_seqlens == nullptr ? params.shape.batch : int64_t{1});
-    const auto sum = [&](const float* parts, const TensorView& gradient, int head_dim) {
-      const int64_t elements = rows * kv_heads * head_dim;
-      launch<&sm80::key_gradients_kernel<Element>>(
-          (elements + 255) / 256, 256, 0, target,
-          sm80::KeyGradientParams{parts, gradient.data, elements, params.group_splits});
-    };
-    sum(params.dk_partial, params.dk, params.shape.head_dim);
-    sum(params.dv_partial, params.dv, params.shape.head_dim_v);
-  }
+  sm80::launch_key_gradients<Element>(params, target);
 #ifdef FLASH_ATTN_BOUNDED_SPINS
   ptx::throw_if_spins_ended(target.stream);
 #endif

@@ -9,7 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from flash_attn_ops.attention import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn_ops.attention import (
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
 from flash_attn_ops.distributed import Partition
 from flash_attn_ops.rotary import RotaryEmbedding
 from torch import Tensor, nn
@@ -127,17 +133,12 @@ class CausalSelfAttention(nn.Module):
                 else self.dwconv.forward_cached(qkv, cache, self.layer)
             )
         heads = qkv.unflatten(-1, (-1, self.d_head))  # (B,S,H+2Hk,D)
-        q, k, v = heads.split([self.n_head, self.n_head_kv, self.n_head_kv], dim=-2)
-        if self.q_norm is not None:
-            q = self.parallel.on_own_heads(self.q_norm, q)
-        if self.k_norm is not None:
-            k = self.parallel.on_own_heads(self.k_norm, k)
         if cache is not None:
-            out = self._attend_to_cache(q, k, v, cache)
+            out = self._attend_to_cache(*self._queries_keys_values(heads), cache)
         elif self.checkpointing and torch.is_grad_enabled():
-            out = checkpoint(self._attend, q, k, v, documents, use_reentrant=False)
+            out = checkpoint(self._attend, heads, documents, use_reentrant=False)
         else:
-            out = self._attend(q, k, v, documents)
+            out = self._attend(heads, documents)
         out = out.flatten(-2)
         return self.out_proj(out.transpose(0, 1) if positions_first else out)
 
@@ -165,26 +166,43 @@ class CausalSelfAttention(nn.Module):
             return None
         return self.alibi.slopes(device)[self.heads.start : self.heads.stop]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-        """q (B,S,H,D), k and v (B,S,Hk,D) -> (B,S,H,D); or packed, with T in the place of B and S."""
+    def _queries_keys_values(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(...,H+2Hk,D) to q, k and v, normalised."""
+        q, k, v = heads.split([self.n_head, self.n_head_kv, self.n_head_kv], dim=-2)
+        if self.q_norm is not None:
+            q = self.parallel.on_own_heads(self.q_norm, q)
+        if self.k_norm is not None:
+            k = self.parallel.on_own_heads(self.k_norm, k)
+        return q, k, v
+
+    def _attend(self, heads: Tensor, documents: Documents | None) -> Tensor:
+        """(B,S,H+2Hk,D) -> (B,S,H,D); or packed, with T in the place of B and S."""
         options: dict[str, Any] = {
             "dropout_p": self.dropout if self.training else 0.0,
             "softmax_scale": self.softmax_scale,
             "causal": True,
             "window_size": self.window_size,
             "softcap": self.softcap,
-            "alibi_slopes": self._slopes(q.device),
+            "alibi_slopes": self._slopes(heads.device),
             "learnable_sink": self.sinks,
         }
-        if documents is None:
-            if self.rotary is not None:
-                q, k = self.rotary(q, k)
-            with self.parallel.randomness_of_heads(options["dropout_p"] > 0.0):
-                return flash_attn_func(q, k, v, **options)
-        where, longest = documents.cu_seqlens, documents.max_seqlen
-        if self.rotary is not None:
-            q, k = self.rotary(q, k, max_seqlen=longest, cu_seqlens=where)
         with self.parallel.randomness_of_heads(options["dropout_p"] > 0.0):
+            if self.rotary is None and self.q_norm is None and self.k_norm is None:
+                # As they come from the projection: their gradient is made in one piece.
+                options["num_heads_q"] = self.n_head
+                if documents is None:
+                    return flash_attn_qkvpacked_func(heads, **options)
+                return flash_attn_varlen_qkvpacked_func(
+                    heads, documents.cu_seqlens, documents.max_seqlen, **options
+                )
+            q, k, v = self._queries_keys_values(heads)
+            if documents is None:
+                if self.rotary is not None:
+                    q, k = self.rotary(q, k)
+                return flash_attn_func(q, k, v, **options)
+            where, longest = documents.cu_seqlens, documents.max_seqlen
+            if self.rotary is not None:
+                q, k = self.rotary(q, k, max_seqlen=longest, cu_seqlens=where)
             return flash_attn_varlen_func(q, k, v, where, where, longest, longest, **options)
 
     def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache) -> Tensor:
