@@ -14,7 +14,7 @@ import torch.distributed as dist
 from flash_attn_models.generation import generate
 from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel
 from flash_attn_models.loss import cross_entropy
-from flash_attn_models.tensor_parallel import shard_state_dict
+from flash_attn_models.tensor_parallel import reduce_gradients, shard_state_dict
 from flash_attn_models.testing import assert_within_reference_error
 from whole_and_part import (
     FP64,
@@ -196,6 +196,35 @@ def test_bfloat16(sequence_parallel, group, device, tiny_decoder) -> None:
         whole.load_state_dict(half.state_dict())
         actual, plain = model.eval()(ids), half.eval()(ids)
         assert_within_reference_error(actual, whole.eval()(ids), plain)
+
+
+@SEQUENCE_PARALLEL
+def test_gradients_under_autocast(sequence_parallel, group, device) -> None:
+    """In bf16, of so many tokens that products overlap communication: as near to float64 as one process is."""
+    config = GPTConfig(vocab_size=512, max_seqlen=128, n_layer=2, n_head=4, d_model=64)
+    torch.manual_seed(3)
+    whole = GPTLMHeadModel(config, device=device)
+    state = shard_state_dict(whole.state_dict(), config, group.rank(), group.size())
+    model = GPTLMHeadModel(config, device=device, process_group=group, sequence_parallel=sequence_parallel)
+    model.load_state_dict(state)
+    exact = copy.deepcopy(whole).double()
+    ids, labels = draw_ids(config.vocab_size, 2, 64, 128, device=device)
+    exact.loss(ids, labels).backward()
+    for one in (whole, model):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            loss = one.loss(ids, labels)
+        loss.backward()
+    reduce_gradients(model)
+
+    def gradients(one: torch.nn.Module) -> dict[str, Any]:
+        of_all = {name: parameter.grad for name, parameter in one.named_parameters()}
+        return of_all if one is model else shard_state_dict(of_all, config, group.rank(), group.size())
+
+    expected, plain = gradients(exact), gradients(whole)
+    for name, actual in gradients(model).items():
+        errors = [(one.double() - expected[name]).norm().item() for one in (actual, plain[name])]
+        size = expected[name].norm().item()
+        assert errors[0] <= 2 * errors[1] + 1e-3 * size, f"{name}: {errors}, of {size}"
 
 
 def test_bad_input(group, device, tiny_decoder) -> None:

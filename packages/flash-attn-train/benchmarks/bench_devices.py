@@ -4,8 +4,9 @@ Every contestant is a run of the command line on the source of Python's standard
 after the other. Speed is the median over training records from the fourth on; memory the highest peak of the first
 process, and beside it what weights, gradients and AdamW's two means take of it by arithmetic: 16 bytes a parameter,
 divided by the devices that share them. ``loss_gap`` is the largest difference of a training loss, relative, to the
-first run of the same model, of runs with the same samples in each step: one GPU that takes them in two passes instead
-of one shows what rounding does.
+first run of the same model, of runs with the same samples in each step. Two runs on one GPU show what rounding does:
+one takes the samples in two passes, so that sums of gradients are rounded differently; in the other layers are
+compiled, so that all that they compute in bf16 is, as it is where ranks add up parts of it.
 
     python benchmarks/bench_devices.py [--json FILE] [--resume FILE]
     python benchmarks/bench_devices.py --smoke      # a tiny model, two processes on a CPU: measures nothing
@@ -39,7 +40,7 @@ STATE_BYTES = 16  # of a parameter: float32 weight, gradient, and two means
 
 @dataclass(frozen=True)
 class Contestant:
-    """A run: devices, strategy, samples of a forward pass on each device, and passes of a step.
+    """A run: devices, strategy, samples of a forward pass on each device, passes of a step, layers compiled or not.
 
     With ``continues`` it goes on from the last step of the run of that name, whose folder it shares.
     """
@@ -49,6 +50,7 @@ class Contestant:
     strategy: str
     batch_size: int
     passes: int = 1
+    compiled: bool = False
     continues: str | None = None
 
     @property
@@ -86,6 +88,7 @@ SMALL = (
     Contestant("DDP", 2, "ddp", 64),
     Contestant("tensor parallel", 2, "tensor_parallel", 64),
     Contestant("one GPU, two passes", 1, "single", 32, passes=2),
+    Contestant("one GPU, layers compiled", 1, "single", 64, compiled=True),
 )
 LARGE = (
     Contestant("large DDP", 2, "ddp", 4),
@@ -126,8 +129,11 @@ def options_of(group: Group, contestant: Contestant, folder: Path, more: tuple[s
         f"trainer.devices={contestant.devices}",
         f"trainer.batch_size={contestant.batch_size}",
         f"trainer.accumulate_grad_batches={contestant.passes}",
+        f"trainer.compile={str(contestant.compiled).lower()}",
         f"trainer.max_steps={group.steps_of(contestant)}",
         f"scheduler.decay_steps={group.steps}",
+        # Half of them: at the full rate the first steps of a new model make small differences large.
+        f"scheduler.warmup_steps={group.steps // 2}",
         f"output_dir={run_folder}",
         f"data.cache_dir={folder / 'cache'}",
         *([f"resume={run_folder}"] if contestant.continues else []),

@@ -58,7 +58,7 @@ class Shape:
     @property
     def case(self) -> Row:
         """What a row says of it."""
-        return {"model": self.name, "seqlen": self.seqlen}
+        return {"model": self.name, "seqlen": self.seqlen, "batch_size": self.batch_size}
 
     def __str__(self) -> str:
         return f"{self.name}@{self.seqlen}"
@@ -66,12 +66,12 @@ class Shape:
 
 # Sequences of a pass are as many as fit into 80 GB with room to spare. A step takes 16 bytes a parameter (weights,
 # gradients, two means) and 2 of bf16 copies; for the backward pass our GPT-2 and LLaMA keep some 36 and 52 bytes a
-# token, layer and unit of width, the peers a third more, and 4 bytes for every logit: at most 66 GiB, and 72.
+# token, layer and unit of width, the peers a third more, and 4 bytes for every logit: at most 56 GiB, and 64.
 SHAPES = (
     Shape("gpt2", 1024, 64),
     Shape("gpt2-medium", 1024, 32),
     Shape("gpt2-large", 1024, 16),
-    Shape("gpt2-xl", 1024, 16),
+    Shape("gpt2-xl", 1024, 8),
     Shape("llama-3.2-1b", 2048, 8),
     Shape("llama-3.2-1b", 8192, 2),
 )

@@ -100,7 +100,7 @@ def test_a_contestant_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPat
     code, result = run(monkeypatch, tmp_path / "training.json", *options)
     assert code == 1
     (failure,) = result["failures"]
-    assert failure["case"] == {"model": "gpt2", "seqlen": 64, "contestant": OURS_COMPILED}
+    assert failure["case"] == {"model": "gpt2", "seqlen": 64, "batch_size": 2, "contestant": OURS_COMPILED}
     assert "90 GiB" in failure["message"]
     assert [row["contestant"] for row in result["rows"]] == [OURS]
 
