@@ -24,6 +24,7 @@ from flash_attn_ops.tensor_parallel import (
     row_parallel_linear,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 HALF = (torch.bfloat16, torch.float32)
 
@@ -190,14 +191,14 @@ def test_a_backward_of_kernels_is_refused_a_backward() -> None:
             return 2 * x
 
         @staticmethod
-        @once_differentiable
+        @once_differentiable("doubling")
         def backward(ctx, gradient):
             return 2 * gradient
 
     x = torch.ones(2, requires_grad=True)
     assert torch.equal(torch.autograd.grad(Double.apply(x).sum(), x)[0], torch.full((2,), 2.0))
     (gradient,) = torch.autograd.grad(Double.apply(x).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="has no second derivative"):
         gradient.sum().backward()
 
 
@@ -219,5 +220,30 @@ def test_a_second_derivative_is_not_taken_for_zero(function) -> None:
     x = torch.randn(4, 4, requires_grad=True)
     loss = function(x).sum()
     (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="has no second derivative"):
         (loss + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: linear(x, x.detach().requires_grad_()).sum(),
+        lambda x: mlp(x, x.detach().requires_grad_(), x.detach()).sum(),
+        lambda x: cross_entropy(x, torch.arange(4)),
+        lambda x: linear_cross_entropy(x, x.detach(), torch.arange(4)).square(),
+        lambda x: column_parallel_linear(x, x.detach().requires_grad_()).sum(),
+        lambda x: row_parallel_linear(x, x.detach().requires_grad_()).sum(),
+    ],
+)
+def test_hessians_are_refused(function) -> None:
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.functional.hessian(function, torch.randn(4, 4))
+
+
+def test_a_graph_of_checkpointed_gradients() -> None:
+    """Saved tensors are unpacked once, as checkpointing allows."""
+    x, weight = torch.randn(2, 4, 4, requires_grad=True).unbind()
+    out = checkpoint(linear, x, weight, use_reentrant=False)
+    expected = torch.autograd.grad(linear(x, weight).sum(), (x, weight))
+    found = torch.autograd.grad(out.sum(), (x, weight), create_graph=True)
+    assert all(map(torch.equal, found, expected))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,6 +13,7 @@ from . import portable, portable_operators, sm80, sm90
 from .autocast import autocast_is_on, autocast_switched_off
 from .inputs import NO_MODIFIERS, AttentionInputs, Gradients, PackedLayout, ScoreModifiers
 from .options import AttentionOptions
+from .second_derivative import once_differentiable
 
 # The portable path where lengths cannot be read, see _has_no_values.
 _PORTABLE_OPERATORS = "portable_operators"
@@ -116,16 +116,14 @@ class _Attention(torch.autograd.Function):
         return _results(ctx, structure, out, lse)
 
     @staticmethod
+    @once_differentiable("attention")
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        def gradients() -> tuple[Tensor | None, ...]:
-            q, k, v, out, lse, *others = ctx.saved_tensors
-            needed = ctx.needs_input_grad[4:]
-            of_inputs, of_others = _gradients(
-                (q, k, v), ctx.structure, others, needed, out, lse, dout, dlse, one_gradient=False
-            )
-            return *of_inputs, None, *of_others
-
-        return _differentiated_once(ctx, gradients, dout, dlse)
+        q, k, v, out, lse, *others = ctx.saved_tensors
+        needed = ctx.needs_input_grad[4:]
+        of_inputs, of_others = _gradients(
+            (q, k, v), ctx.structure, others, needed, out, lse, dout, dlse, one_gradient=False
+        )
+        return *of_inputs, None, *of_others
 
 
 class _AttentionOfHeads(torch.autograd.Function):
@@ -146,17 +144,15 @@ class _AttentionOfHeads(torch.autograd.Function):
         return _results(ctx, structure, out, lse)
 
     @staticmethod
+    @once_differentiable("attention")
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        def gradients() -> tuple[Tensor | None, ...]:
-            heads, out, lse, *others = ctx.saved_tensors
-            q, k, v = split_heads(heads, ctx.query_heads)
-            needed = ctx.needs_input_grad[3:]
-            of_inputs, of_others = _gradients(
-                (q, k, v), ctx.structure, others, needed, out, lse, dout, dlse, one_gradient=True
-            )
-            return of_inputs[0], None, None, *of_others
-
-        return _differentiated_once(ctx, gradients, dout, dlse)
+        heads, out, lse, *others = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        of_inputs, of_others = _gradients(
+            *(split_heads(heads, ctx.query_heads), ctx.structure, others, needed, out, lse, dout, dlse),
+            one_gradient=True,
+        )
+        return of_inputs[0], None, None, *of_others
 
 
 def split_heads(heads: Tensor, query_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,41 +179,6 @@ def _results(ctx: Any, structure: _Structure, out: Tensor, lse: Tensor) -> Tenso
         return out
     ctx.set_materialize_grads(False)
     return out, lse
-
-
-def _differentiated_once(
-    ctx: Any,
-    make_gradients: Callable[[], tuple[Tensor | None, ...]],
-    dout: Tensor | None,
-    dlse: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """What a backward returns: its gradients, of which second derivatives are an error."""
-    if not torch.is_grad_enabled():
-        return make_gradients()
-    # With create_graph. What torch calls once_differentiable would not do: a second derivative that is asked for by
-    # torch.autograd.grad, or where the upstream gradient is a constant, would be 0 instead of an error.
-    with torch.no_grad():
-        gradients = make_gradients()
-    present = [x for x in gradients if x is not None]
-    if not present:
-        return gradients
-    marked = iter(_NoSecondDerivative.apply(len(present), *present, dout, dlse, *ctx.saved_tensors))
-    return tuple(None if x is None else next(marked) for x in gradients)
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """The first ``count`` tensors, gradients, as they are: an error where they are differentiated in the others."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "attention has no second derivative: got a gradient of it to differentiate, made with create_graph=True. "
-            "Fix: leave create_graph out, or compute this attention by plain torch operations."
-        )
 
 
 # Function.apply without its Python, which serves the transforms of torch.func alone and takes a tenth of a call's time.

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from flash_attn_kernels.second_derivative import (
+    once_differentiable as once_differentiable,  # for layers above
+)
 from torch import Tensor
-from torch.autograd.function import once_differentiable as refusing_second_backward
 
 _library = torch.library.Library("flash_attn_ops", "DEF")
 
@@ -65,29 +67,6 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
             for index, argument in enumerate(arguments)
         )
     return function.apply(*arguments)
-
-
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's decorator of this name, which costs microseconds, and has nothing to do where no graph of the gradients
-    is made; and which lets the second derivative be 0 where the upstream gradient is a constant."""
-    refusing = refusing_second_backward(backward)
-
-    @functools.wraps(backward)
-    def once(ctx: Any, *gradients: Tensor | None) -> Any:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *gradients)
-        if torch.compiler.is_compiling():
-            return refusing(ctx, *gradients)
-        return refusing(ctx, *map(_varying, gradients))
-
-    return once
-
-
-def _varying(gradient: Tensor | None) -> Tensor | None:
-    """What torch's decorator takes for no constant."""
-    if gradient is None or gradient.requires_grad:
-        return gradient
-    return gradient.detach().requires_grad_()
 
 
 def tell_autograd(*overwritten: Tensor | None) -> None:

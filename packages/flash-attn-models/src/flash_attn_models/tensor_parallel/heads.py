@@ -237,7 +237,7 @@ class _SumOfSharers(torch.autograd.Function):
         return rows.view_as(rows)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("the sum over ranks that share heads")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         partition, queries, group = ctx.partition, ctx.queries, ctx.group
         own = gradient[queries:]

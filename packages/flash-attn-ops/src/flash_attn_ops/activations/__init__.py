@@ -213,7 +213,7 @@ class _Activate(torch.autograd.Function):
         return operators.forward(gate, bias, behind, activation)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("an activation")
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, value = ctx.saved_tensors
         gate, behind = (x, value) if ctx.order is None else split(x, ctx.order)

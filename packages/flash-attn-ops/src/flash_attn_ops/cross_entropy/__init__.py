@@ -247,7 +247,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss, z_part
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("cross_entropy")
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.overwritten:
             raise RuntimeError(

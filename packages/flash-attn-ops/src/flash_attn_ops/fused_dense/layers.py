@@ -68,7 +68,7 @@ class Linear(torch.autograd.Function):
         return product_with_bias(x, weight, bias, plain_algorithm), x.view_as(x) if return_residual else None
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear")
     def backward(ctx: Any, d_out: Tensor | None, d_residual: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_out is None:
             return d_residual, None, None, None, None, None, None, None
@@ -118,7 +118,7 @@ class Mlp(torch.autograd.Function):
         return out, x.view_as(x) if return_residual else None
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("an MLP")
     def backward(ctx: Any, d_out: Tensor | None, d_residual: Tensor | None) -> tuple[Tensor | None, ...]:
         how = Steps(*ctx.how)
         no_options = (None,) * (1 + len(how))

@@ -167,7 +167,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, z_part
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear_cross_entropy")
     def backward(ctx: Any, d_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         scale: Tensor | None = None
         if ctx.later:

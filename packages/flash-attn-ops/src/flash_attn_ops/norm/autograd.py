@@ -58,7 +58,7 @@ class Norm(torch.autograd.Function):
         return (out, out1, total) if returns_sum else (out, out1)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("a norm")
     def backward(ctx: Any, d_out: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         dtypes, scaled, returned_out1, returned_sum, *options = ctx.facts
         d_out1 = others[0] if returned_out1 else None

@@ -168,7 +168,7 @@ class _NormLinear(torch.autograd.Function):
         ), total if returns_sum else None
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("a norm with its linear layer")
     def backward(ctx: Any, d_product: Tensor | None, d_sum: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, bias, linear_weight, mean, rstd = ctx.saved_tensors
         if d_product is None:

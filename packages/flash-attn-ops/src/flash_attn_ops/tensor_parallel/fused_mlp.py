@@ -105,7 +105,7 @@ class _RecomputingMLP(torch.autograd.Function):
         return row_forward(activation(hidden), weight2, bias2, layout)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("ParallelFusedMLP")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight1, bias1, weight2, hidden = ctx.saved_tensors
         needs = ctx.needs_input_grad

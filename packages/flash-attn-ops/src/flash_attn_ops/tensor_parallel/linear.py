@@ -90,7 +90,7 @@ class _ColumnParallel(torch.autograd.Function):
         return column_forward(x, weight, bias, layout)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("column_parallel_linear")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[:3])
@@ -105,7 +105,7 @@ class _RowParallel(torch.autograd.Function):
         return row_forward(x, weight, bias, layout)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("row_parallel_linear")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[:3])
