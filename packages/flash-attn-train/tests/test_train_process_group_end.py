@@ -32,9 +32,33 @@ with ending_process_group():
         pass
 """
 
+# A group that is referred to after its end keeps its threads, and here one of them has work left.
+WORKER_WITH_LATE_THREAD = """
+import time
 
-def test_two_ranks_end(tmp_path: Path) -> None:
-    (tmp_path / "worker.py").write_text(WORKER)
+import torch
+import torch.distributed as dist
+from flash_attn_train.distributed import ending_process_group, start_process_group
+
+def finish(future):
+    started.append(True)
+    time.sleep(0.1)
+    return future.value()
+
+started = []
+start_process_group("cpu")
+with ending_process_group():
+    group = dist.new_group(backend="gloo")
+    work = dist.all_reduce(torch.ones(1000), group=group, async_op=True)
+    work.get_future().then(finish)
+    while not started:
+        time.sleep(0.001)
+"""
+
+
+@pytest.mark.parametrize("worker", [WORKER, WORKER_WITH_LATE_THREAD], ids=["kept_waiting", "late_thread"])
+def test_two_ranks_end(tmp_path: Path, worker: str) -> None:
+    (tmp_path / "worker.py").write_text(worker)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*launch, str(tmp_path / "worker.py")],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,6 +172,9 @@ def _end_process_group() -> None:
     if dist.is_available() and dist.is_initialized():
         _cpu_group.cache_clear()
         dist.destroy_process_group()
+        # A group ends its threads when nothing refers to it any more, but caches of DTensor's and default arguments of
+        # torch.distributed.nn may. What its threads still give back they do now, while this one leaves Python to them.
+        time.sleep(0.5)
 
 
 @lru_cache(maxsize=8)
