@@ -187,13 +187,12 @@ class BertModel(nn.Module):
             rows = with_first_rows(masked_rows, batch.cu_seqlens, batch.input_ids.shape[0])
         cu_rows = rows_before(rows, batch.cu_seqlens)
         *earlier, last = self.layers
-        assert isinstance(last, PostNormBlock)
         with self.parallel.randomness_of_tokens(self.training and self._has_dropout):
             hidden = self._embed(batch)
             for layer in earlier:
                 hidden = self._apply_layer(layer, hidden, batch)
             shared = self.parallel.padded(rows, self.training)
-            hidden = last.forward_rows(hidden, shared, cu_rows, batch.cu_seqlens, batch.max_seqlen)
+            hidden = self._apply_layer(last, hidden, batch, rows=shared, cu_rows=cu_rows)
         hidden = self.parallel.whole(hidden, self.training, rows.shape[0])
         if self.pooler is None:
             return hidden, None
@@ -222,10 +221,10 @@ class BertModel(nn.Module):
         padded = (None if ids is None else self.parallel.padded(ids, self.training) for ids in per_token)
         return self.embeddings(*padded)
 
-    def _apply_layer(self, layer: nn.Module, hidden: Tensor, batch: TokenBatch) -> Tensor:
+    def _apply_layer(self, layer: nn.Module, hidden: Tensor, batch: TokenBatch, **rows: Tensor) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, hidden, use_reentrant=False, **batch.where)
-        return layer(hidden, **batch.where)
+            return checkpoint(layer, hidden, use_reentrant=False, **rows, **batch.where)
+        return layer(hidden, **rows, **batch.where)
 
 
 def initialize(module: nn.Module, std: float) -> None:

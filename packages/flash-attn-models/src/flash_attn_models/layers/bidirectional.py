@@ -81,24 +81,6 @@ class BidirectionalSelfAttention(nn.Module):
                 out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, self._dropout_p)
         return self.out_proj(out.flatten(-2))
 
-    def forward_rows(
-        self, x: Tensor, rows: Tensor, cu_rows: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
-    ) -> Tensor:
-        """The same as ``forward(x, cu_seqlens=cu_seqlens)[rows]``, and nothing computed for other rows but their
-        keys and values.
-
-        Args:
-            x: (T,d_model).
-            rows: int64 (R,), ascending.
-            cu_rows: int32 (B+1,), where the rows of each sequence begin among all rows, and R.
-            cu_seqlens, max_seqlen: of x.
-
-        Returns:
-            (R,d_model). Where ranks share the tokens, this rank's part of it; they must divide R then, which may be
-            more than ``cu_rows[-1]``.
-        """
-        return self.attend_rows(self.parallel.enter(x, self.training), rows, cu_rows, cu_seqlens, max_seqlen)
-
     def attend_rows(
         self,
         entered: Tensor,
@@ -107,7 +89,19 @@ class BidirectionalSelfAttention(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int | None = None,
     ) -> Tensor:
-        """``forward_rows`` of ``parallel.enter(x)``, for callers who need that too."""
+        """The same as ``forward(x, cu_seqlens=cu_seqlens)[rows]``, and nothing computed for other rows but their
+        keys and values.
+
+        Args:
+            entered: ``parallel.enter(x)``, for x (T,d_model).
+            rows: int64 (R,), ascending.
+            cu_rows: int32 (B+1,), where the rows of each sequence begin among all rows, and R.
+            cu_seqlens, max_seqlen: of x.
+
+        Returns:
+            (R,d_model). Where ranks share the tokens, this rank's part of it; they must divide R then, which may be
+            more than ``cu_rows[-1]``.
+        """
         q, k, v = self._project_apart(entered.index_select(0, rows), entered)
         with self.parallel.randomness_of_heads(self._dropout_p > 0.0):
             out = flash_attn_varlen_func(

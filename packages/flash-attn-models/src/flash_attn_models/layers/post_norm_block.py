@@ -29,19 +29,31 @@ class PostNormBlock(nn.Module):
         self.mlp = mlp
         self.norm2 = norm2
 
-    def forward(self, x: Tensor, **where: Any) -> Tensor:
-        """x to a tensor of its shape; the options are those of ``BidirectionalSelfAttention.forward``."""
-        x = self.norm1(self.mixer(x, **where), residual=x)
+    def forward(
+        self, x: Tensor, *, rows: Tensor | None = None, cu_rows: Tensor | None = None, **where: Any
+    ) -> Tensor:
+        """x to a tensor of its shape, or to some rows of it.
+
+        Args:
+            x, where: see ``BidirectionalSelfAttention.forward``.
+            rows, cu_rows: of packed tokens, the only ones to compute: see ``BidirectionalSelfAttention.attend_rows``.
+        """
+        # One entrance for both: what wraps a layer's call, such as FSDP or compilation, then wraps all that it does.
+        if rows is None:
+            residual, attended = x, self.mixer(x, **where)
+        else:
+            assert cu_rows is not None
+            residual, attended = self._attend_rows(x, rows, cu_rows, **where)
+        x = self.norm1(attended, residual=residual)
         return self.norm2(self.mlp(x), residual=x)
 
-    def forward_rows(
-        self, x: Tensor, rows: Tensor, cu_rows: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
-    ) -> Tensor:
-        """Only the given rows of the result: see ``BidirectionalSelfAttention.forward_rows``."""
+    def _attend_rows(
+        self, x: Tensor, rows: Tensor, cu_rows: Tensor, **where: Any
+    ) -> tuple[Tensor, Tensor]:
+        """These rows of x and of attention's output; of both this rank's part where ranks share the tokens."""
         parallel = self.mixer.parallel
         entered = parallel.enter(x, self.training)
-        attended = self.mixer.attend_rows(entered, rows, cu_rows, cu_seqlens, max_seqlen)
+        attended = self.mixer.attend_rows(entered, rows, cu_rows, **where)
         if parallel.cuts_tokens(self.training):  # x has not all rows then
             x, rows = entered, parallel.own_part(rows, self.training)
-        x = self.norm1(attended, residual=x.index_select(0, rows))
-        return self.norm2(self.mlp(x), residual=x)
+        return x.index_select(0, rows), attended

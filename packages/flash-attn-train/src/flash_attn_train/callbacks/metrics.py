@@ -20,7 +20,7 @@ class Metrics(pl.Callback):
     """Measures and sends to the trainer's loggers. Step n is the state after n optimizer steps.
 
     Between training records nothing waits for the device. The training loss is that of the recorded step alone (mean
-    over its forward passes and over processes), so a resumed run logs the same numbers as an uninterrupted one. The
+    over its targets, of all forward passes and processes), so a resumed run logs the same numbers as an uninterrupted one. The
     gradient norm is the one before clipping. Speed is what all processes together have trained on per second since
     the record before, leaving out validation. Tokens, or samples of images, are counted from the first session on.
 
@@ -113,7 +113,9 @@ class Metrics(pl.Callback):
 
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         assert self._seen is not None
-        values = {"train/loss": trainer.strategy.reduce(loss, reduce_op="mean").item(), **self._rates}
+        loss = trainer.strategy.reduce(loss, reduce_op="mean")
+        factor = getattr(pl_module, "loss_factor", None)
+        values = {"train/loss": float(loss if factor is None else loss * factor), **self._rates}
         grad_norm = getattr(pl_module, "grad_norm", None)
         if grad_norm is not None:
             values["grad_norm"] = float(grad_norm)

@@ -1,7 +1,7 @@
 """Training on several devices, by Lightning's strategies and torch.distributed."""
 
 from flash_attn_train.distributed.build import build_strategy, data_parallel_size
-from flash_attn_train.distributed.gradients import clip_gradients
+from flash_attn_train.distributed.gradients import clip_gradients, scale_gradients
 from flash_attn_train.distributed.interruption import Interruption, requeue_job
 from flash_attn_train.distributed.launch import (
     cluster_environment,
@@ -40,6 +40,7 @@ __all__ = [
     "parallelize",
     "rank",
     "requeue_job",
+    "scale_gradients",
     "seed_rank",
     "start_process_group",
     "world_size",

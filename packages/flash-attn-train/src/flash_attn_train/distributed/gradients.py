@@ -1,4 +1,4 @@
-"""Gradient norm and clipping, whatever the gradients are spread over."""
+"""Gradient norm, clipping and scaling, whatever the gradients are spread over."""
 
 from __future__ import annotations
 
@@ -40,11 +40,18 @@ def clip_gradients(model: nn.Module, max_norm: float, mesh: DeviceMesh | None = 
         with _local_parameters(model):
             reduce_gradients(model)
     norm = _norm(model, mesh)
-    gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
     if max_norm != float("inf"):
         # As torch.nn.utils.clip_grad_norm_ does.
-        torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        scale_gradients(model, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
+
+
+@torch.no_grad()
+def scale_gradients(model: nn.Module, factor: Tensor) -> None:
+    """Multiplies all gradients by a scalar on their device, in place; of those that are cut, this rank's parts."""
+    gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
 
 
 @contextmanager

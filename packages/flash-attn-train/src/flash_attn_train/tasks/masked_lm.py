@@ -15,6 +15,8 @@ class MaskedLM(Task):
     (-100 but for those to predict), all (B,S).
     """
 
+    targets_vary = True
+
     @property
     def tokens_per_sample(self) -> int:
         assert isinstance(self.config.model, BertModelConfig)

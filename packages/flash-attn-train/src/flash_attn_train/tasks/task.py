@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytorch_lightning as pl
 import torch
@@ -12,11 +12,12 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from flash_attn_train.configs import TrainConfig
-from flash_attn_train.distributed import clip_gradients, distribute_optimizer
+from flash_attn_train.distributed import clip_gradients, distribute_optimizer, scale_gradients
 from flash_attn_train.metrics import build_metrics
 from flash_attn_train.models import DataSizes
 from flash_attn_train.optim import WarmupPlateau, build_optimizer, build_scheduler
 from flash_attn_train.tasks.initial_model import initial_model
+from flash_attn_train.tasks.target_mean import TargetMean
 
 Batch = dict[str, Any]
 
@@ -47,11 +48,16 @@ class Task(pl.LightningModule):
     """
 
     model: nn.Module
+    # Whether samples differ in how many of their positions are targets, as with hidden tokens.
+    targets_vary: ClassVar[bool] = False
 
     def __init__(self, config: TrainConfig, sizes: DataSizes) -> None:
         super().__init__()
         self.config, self.sizes = config, sizes
         self.grad_norm: Tensor | None = None  # of the last optimizer step, before clipping
+        # What the mean over forward passes and processes of the last step's losses is to be multiplied by.
+        self.loss_factor: Tensor | None = None
+        self._target_mean = TargetMean()
         self.val_metrics = build_metrics(config.metrics, config.task)
 
     @property
@@ -70,7 +76,17 @@ class Task(pl.LightningModule):
         self.model = initial_model(self.config, self.sizes, self.device_mesh)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.step(batch).loss
+        output = self.step(batch)
+        if not self.targets_vary:
+            return output.loss
+        return self._target_mean.loss_of_pass(output.loss, output.num_targets, batch["labels"].numel())
+
+    def on_after_backward(self) -> None:
+        if not self.targets_vary:
+            return
+        self.loss_factor = self._target_mean.factor_of_step(self.trainer)
+        if self.loss_factor is not None:
+            scale_gradients(self.model, self.loss_factor)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.val_metrics.update(self.step(batch))
