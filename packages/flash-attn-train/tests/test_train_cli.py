@@ -40,6 +40,14 @@ def test_new_entries_of_a_mapping(sign: str) -> None:
     assert (config.model.config["n_inner"], config.model.config["n_layer"]) == (96, 3)
 
 
+def test_several_entries_of_a_mapping() -> None:
+    config = compose_config(["experiment=owt/gpt2s-hf", "model.config={n_inner: 96, n_layer: 3}"])
+    assert isinstance(config.model, HuggingFaceModelConfig)
+    # The others stay.
+    entries = config.model.config
+    assert (entries["n_inner"], entries["n_layer"], entries["n_head"]) == (96, 3, 12)
+
+
 def test_key_wins_over_experiment_in_any_order() -> None:
     config = compose_config(["model.n_layer=7", "experiment=quickstart"])
     assert isinstance(config.model, GPTModelConfig) and config.model.n_layer == 7
@@ -106,6 +114,10 @@ def test_own_groups_from_a_folder(tmp_path: Path) -> None:
         (
             "model.config.n_layer=3",
             ["model.config.n_layer: the chosen model has no such key", "hugging_face"],
+        ),
+        (
+            "model.config={n_layer: 3}",
+            ["model.config: the chosen model has no such key", "hugging_face"],
         ),
         ("trainer.gpus=2", ["'trainer.gpus'", "'trainer.", "--help=trainer"]),
         ("experiment=gpt2s", ["The nearest is 'owt/gpt2s'"]),

@@ -90,7 +90,7 @@ def _compose(arguments: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     overrides = [_literal(_experiment(text)) for text in arguments if not text.startswith(_CONFIG_DIR)]
     values = _check_overrides(overrides, folders)
     # An entry of a mapping is new or not: the user need not know Hydra's sign for it.
-    overrides = [f"++{text}" if text.startswith(mappings()) else text for text in overrides]
+    overrides = [f"++{text}" if _sets_entries(text.partition("=")[0]) else text for text in overrides]
     try:
         config = OmegaConf.to_object(compose(overrides, folders))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -99,7 +99,7 @@ def _compose(arguments: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     for key in values:
         section, field = (*key.split("."), "")[:2]
         # An entry of a mapping that the chosen variant does not have: it has become an attribute that nobody reads.
-        if key.startswith(mappings()) and field not in vars(type(getattr(config, section))()):
+        if _sets_entries(key) and field not in vars(type(getattr(config, section))()):
             raise not_in_variant(key)
     if config.smoke:
         from flash_attn_train.configs.smoke import smoke
@@ -107,6 +107,11 @@ def _compose(arguments: Sequence[str]) -> tuple[TrainConfig, list[str]]:
         config = smoke(config, keep=[key for key in values if key not in SCHEMAS])
     check_config(config)
     return config, list(values)
+
+
+def _sets_entries(key: str) -> bool:
+    """Whether the key is a mapping's, such as model.config, or an entry's of one."""
+    return f"{key}.".startswith(mappings())
 
 
 def _experiment(text: str) -> str:

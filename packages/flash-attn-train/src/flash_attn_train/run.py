@@ -192,7 +192,10 @@ def _finish(
     started: float,
 ) -> RunResult:
     """Sample, report and closing lines."""
-    sample = _sample(config, task, data)  # by all processes: they may share the model
+    with (
+        trainer.precision_plugin.forward_context()
+    ):  # FSDP2 gives bf16-mixed layers weights for autocast alone
+        sample = _sample(config, task, data)  # by all processes: they may share the model
     if not trainer.is_global_zero:
         return result_of(folder, metrics)
     with writing_into(folder):

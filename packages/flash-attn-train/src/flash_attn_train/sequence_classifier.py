@@ -23,6 +23,7 @@ class BertForSequenceClassification(nn.Module):
         super().__init__()
         self.config = config
         self.bert = BertModel(config, with_pooler=True, **options)
+        self.parallel = self.bert.parallel  # how ranks share it, as our models say it
         factory = {name: options[name] for name in ("device", "dtype") if name in options}
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(config.d_model, n_classes, **factory)

@@ -47,9 +47,7 @@ class PostNormBlock(nn.Module):
         x = self.norm1(attended, residual=residual)
         return self.norm2(self.mlp(x), residual=x)
 
-    def _attend_rows(
-        self, x: Tensor, rows: Tensor, cu_rows: Tensor, **where: Any
-    ) -> tuple[Tensor, Tensor]:
+    def _attend_rows(self, x: Tensor, rows: Tensor, cu_rows: Tensor, **where: Any) -> tuple[Tensor, Tensor]:
         """These rows of x and of attention's output; of both this rank's part where ranks share the tokens."""
         parallel = self.mixer.parallel
         entered = parallel.enter(x, self.training)

@@ -81,15 +81,14 @@ class ViTBlock(nn.Module):
         self.drop_path = drop_path
         self.residual_in_fp32 = residual_in_fp32
 
-    def forward(self, branch: Branch) -> Branch:
-        """All tokens: (B,S,N) -> (B,S,N)."""
+    def forward(self, branch: Branch, *, only_first: bool = False) -> Branch:
+        """All tokens: (B,S,N) -> (B,S,N). With ``only_first`` the first one of these, (B,1,N): of the others nothing
+        but keys and values is computed."""
+        # One entrance for both: what wraps a layer's call, such as FSDP or compilation, then wraps all that it does.
         x, residual = branch.norm(self.norm1, self.residual_in_fp32)
+        if only_first:
+            return self._mlp(self._branch(self.mixer.forward_first(x), residual[:, :1]))
         return self._mlp(self._branch(self.mixer(x), residual))
-
-    def forward_first(self, branch: Branch) -> Branch:
-        """The first token of ``forward``, (B,S,N) -> (B,1,N): of the others nothing but keys and values is computed."""
-        x, residual = branch.norm(self.norm1, self.residual_in_fp32)
-        return self._mlp(self._branch(self.mixer.forward_first(x), residual[:, :1]))
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}, drop_path={self.drop_path}"

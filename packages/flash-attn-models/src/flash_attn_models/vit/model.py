@@ -124,9 +124,7 @@ class ViTModel(nn.Module):
     def _features(self, images: Tensor, interpolate: bool) -> Tensor:
         branch = self._encode(images, interpolate)
         if self.config.pooling == "token":
-            last = self.layers[-1]
-            assert isinstance(last, ViTBlock)
-            return self._normed(self._run(last.forward_first, branch))[:, 0]
+            return self._normed(self._run(self.layers[-1], branch, only_first=True))[:, 0]
         branch = self._run(self.layers[-1], branch)
         if not self.config.norms_features:
             return self._normed(branch)[:, self.config.n_prefix :].mean(dim=1)
@@ -156,10 +154,10 @@ class ViTModel(nn.Module):
             branch = self._run(layer, branch)
         return branch
 
-    def _run(self, layer: Any, branch: Branch) -> Branch:
+    def _run(self, layer: nn.Module, branch: Branch, **what: bool) -> Branch:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, branch, use_reentrant=False)
-        return layer(branch)
+            return checkpoint(layer, branch, use_reentrant=False, **what)
+        return layer(branch, **what)
 
     def _normed(self, branch: Branch) -> Tensor:
         return branch.norm(self.norm, self.config.residual_in_fp32)[0]
