@@ -20,9 +20,10 @@ class Metrics(pl.Callback):
     """Measures and sends to the trainer's loggers. Step n is the state after n optimizer steps.
 
     Between training records nothing waits for the device. The training loss is that of the recorded step alone (mean
-    over its targets, of all forward passes and processes), so a resumed run logs the same numbers as an uninterrupted one. The
-    gradient norm is the one before clipping. Speed is what all processes together have trained on per second since
-    the record before, leaving out validation. Tokens, or samples of images, are counted from the first session on.
+    over its targets, of all forward passes and processes), so a resumed run logs the same numbers as an uninterrupted
+    one. The gradient norm is the one before clipping. Speed is what all processes together have trained on per second
+    since the record before, leaving out validation. Tokens, or samples of images, are counted from the first session
+    on.
 
     Validation records hold whatever the task logged under a name that starts with "val/".
 
