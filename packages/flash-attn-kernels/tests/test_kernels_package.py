@@ -49,3 +49,9 @@ def test_self_test_fails_when_attention_is_wrong(
     output = capsys.readouterr().out
     assert "FAIL cpu torch.float32 (portable), causal" in output
     assert "ok   cpu torch.float32 (portable), modifiers" in output
+
+
+def test_self_test_has_help() -> None:
+    command = [sys.executable, "-m", "flash_attn_kernels", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith("usage: python -m flash_attn_kernels") and "exit code 0" in done.stdout

@@ -114,3 +114,9 @@ def test_readme_examples_run(tmp_path, monkeypatch):
     namespace: dict[str, object] = {}
     for block in blocks:  # in order: later ones build on earlier ones
         exec(compile(block, str(README), "exec"), namespace)
+
+
+def test_self_test_has_help():
+    command = [sys.executable, "-m", "flash_attn_models", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith("usage: python -m flash_attn_models") and "exit code 0" in done.stdout

@@ -122,3 +122,9 @@ def test_readme_names_every_option() -> None:
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.default is not inspect.Parameter.empty:
                 assert f"`{name}`" in text, f"{function.__name__}: {name}"
+
+
+def test_self_test_has_help() -> None:
+    command = [sys.executable, "-m", "flash_attn_ops", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith("usage: python -m flash_attn_ops") and "exit code 0" in done.stdout

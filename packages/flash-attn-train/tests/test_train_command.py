@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 from flash_attn_train.command import command
@@ -42,3 +44,9 @@ def test_other_errors_are_seen() -> None:
 @pytest.mark.parametrize("name", ["cli", "cli_prepare", "evaluate", "export", "report"])
 def test_all_commands(name: str) -> None:
     assert hasattr(importlib.import_module(f"flash_attn_train.{name}").main, "__wrapped__")
+
+
+def test_self_test_has_help() -> None:
+    command = [sys.executable, "-m", "flash_attn_train", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith("usage: python -m flash_attn_train") and "exit code is 0" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
 from collections.abc import Callable
@@ -82,4 +83,5 @@ def _check(device: str, dtype: torch.dtype, name: str) -> bool:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m flash_attn_kernels", description=__doc__).parse_args()
     sys.exit(main())

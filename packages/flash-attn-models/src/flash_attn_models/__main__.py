@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import platform
 import sys
@@ -121,4 +122,5 @@ def _survives_saving(model: Any) -> bool:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m flash_attn_models", description=__doc__).parse_args()
     sys.exit(main())

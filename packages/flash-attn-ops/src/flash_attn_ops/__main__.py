@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import platform
 import sys
@@ -130,4 +131,5 @@ def _triton_version() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m flash_attn_ops", description=__doc__).parse_args()
     sys.exit(main())

@@ -5,6 +5,7 @@ The exit code is 0, or 1 if anything is not as it should be.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -64,4 +65,5 @@ def _failures(result: RunResult) -> list[str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m flash_attn_train", description=__doc__).parse_args()
     sys.exit(main())
