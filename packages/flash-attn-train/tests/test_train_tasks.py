@@ -84,6 +84,16 @@ def test_masked_lm_in_training_and_validation_is_the_same_loss() -> None:
     torch.testing.assert_close(task.step(batch).loss, output.loss)
 
 
+def test_a_pass_without_hidden_tokens_adds_nothing() -> None:
+    task = make_task(MaskedLMConfig(), BERT)
+    ids = torch.randint(0, 40, (2, 32))
+    batch = {"input_ids": ids, "attention_mask": ids >= 0, "labels": torch.full_like(ids, -100)}
+    loss = task.training_step(batch, 0)
+    loss.backward()
+    assert loss == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in task.parameters())
+
+
 @pytest.mark.parametrize(
     ("task", "model"),
     [

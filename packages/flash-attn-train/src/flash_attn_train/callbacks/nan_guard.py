@@ -37,8 +37,9 @@ class NaNGuard(Measurement):
     With fp16, an infinite gradient is the loss scaler's business, and only the loss is looked at.
 
     Args:
-        folder: where ``nan_batch.pt`` goes (``nan_batch_rank3.pt`` of other processes): step, losses, gradient norm
-            and the batches of one step, for ``torch.load``.
+        folder: where ``nan_batch.pt`` goes (``nan_batch_rank3.pt`` of other processes): step, losses (of masked
+            language models per position, not per hidden token), gradient norm and the batches of one step, for
+            ``torch.load``.
         mode: "stop" or "skip".
         every_n_steps: steps between training records.
         max_skipped_in_a_row: skipped steps one after the other before the run stops.
