@@ -221,7 +221,7 @@ class BertModel(nn.Module):
         padded = (None if ids is None else self.parallel.padded(ids, self.training) for ids in per_token)
         return self.embeddings(*padded)
 
-    def _apply_layer(self, layer: nn.Module, hidden: Tensor, batch: TokenBatch, **rows: Tensor) -> Tensor:
+    def _apply_layer(self, layer: nn.Module, hidden: Tensor, batch: TokenBatch, **rows: Any) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, hidden, use_reentrant=False, **rows, **batch.where)
         return layer(hidden, **rows, **batch.where)

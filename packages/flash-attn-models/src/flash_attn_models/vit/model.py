@@ -154,7 +154,7 @@ class ViTModel(nn.Module):
             branch = self._run(layer, branch)
         return branch
 
-    def _run(self, layer: nn.Module, branch: Branch, **what: bool) -> Branch:
+    def _run(self, layer: nn.Module, branch: Branch, **what: Any) -> Branch:
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, branch, use_reentrant=False, **what)
         return layer(branch, **what)

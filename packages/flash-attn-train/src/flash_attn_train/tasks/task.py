@@ -75,6 +75,9 @@ class Task(pl.LightningModule):
             return
         self.model = initial_model(self.config, self.sizes, self.device_mesh)
 
+    def on_train_start(self) -> None:
+        self._target_mean = TargetMean()  # an interrupted fit may have left some passes of a step
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.step(batch)
         if not self.targets_vary:
