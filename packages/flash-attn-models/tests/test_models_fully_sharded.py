@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from flash_attn_models.bert import BertConfig, BertForMaskedLM, BertForPreTraining
+from flash_attn_models.generation import generate
+from flash_attn_models.generation.cuda_graph import why_no_graph
 from flash_attn_models.gpt import GPTConfig, GPTLMHeadModel
 from flash_attn_models.vit import ViTConfig, ViTForImageClassification
 from torch import Tensor, nn
@@ -47,6 +49,15 @@ def next_tokens() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     )
 
 
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    layers = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if hasattr(model, "loss"):
+        register_fsdp_forward_method(model, "loss")
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -66,14 +77,30 @@ def test_loss_and_gradients_are_those_of_the_whole_model(
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
 
-    layers = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    if hasattr(model, "loss"):
-        register_fsdp_forward_method(model, "loss")
+    shard(model, mesh)
     loss = loss_of(model)
     loss.backward()
     assert torch.equal(loss, expected)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad.full_tensor(), gradients[name]), name
+
+
+def test_generation_is_that_of_the_whole_model(mesh: DeviceMesh) -> None:
+    model, _ = next_tokens()
+    ids = torch.randint(101, (2, 5))
+    expected = generate(model, ids, 8)
+    shard(model, mesh)
+    assert torch.equal(generate(model, ids, 8), expected)
+
+
+def test_steps_that_gather_weights_are_not_captured(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = next_tokens()
+    shard(model, mesh)
+
+    class OnGPU:
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(GPTLMHeadModel, "head_weight", OnGPU)
+    assert why_no_graph(model) == "a model over several devices"

@@ -192,9 +192,9 @@ def _finish(
     started: float,
 ) -> RunResult:
     """Sample, report and closing lines."""
-    with (
-        trainer.precision_plugin.forward_context()
-    ):  # FSDP2 gives bf16-mixed layers weights for autocast alone
+    # As in training: with FSDP2 and bf16-mixed, layers have weights in bf16 and rely on autocast.
+    mixed = config.trainer.precision == "bf16-mixed"
+    with torch.autocast(trainer.strategy.root_device.type, torch.bfloat16, enabled=mixed):
         sample = _sample(config, task, data)  # by all processes: they may share the model
     if not trainer.is_global_zero:
         return result_of(folder, metrics)

@@ -18,6 +18,7 @@ from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from flash_attn_ops.attention import explain_kvcache
 from flash_attn_ops.rotary import RotaryEmbedding
 from torch import Tensor
@@ -98,11 +99,20 @@ def why_no_graph(model: GPTLMHeadModel) -> str | None:
         return f"a model on {weight.device}"
     if torch.is_autocast_enabled("cuda"):
         return "autocast, whose casts are of one call"
-    if model.parallel.is_parallel:
+    if model.parallel.is_parallel or _is_fully_sharded(model):
         return "a model over several devices"
     page = weight.new_empty(1, 1, model.cache_heads, model.config.head_dim, dtype=attention_dtype(model))
     explanation = explain_kvcache(page, page)
     return None if explanation.path == "cuda" else f"attention off its kernels ({explanation})"
+
+
+def _is_fully_sharded(model: GPTLMHeadModel) -> bool:
+    """Whether weights come from other ranks when a layer is called."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 class GraphRun:
