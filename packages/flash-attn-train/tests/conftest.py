@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,28 @@ from flash_attn_train.configs import (
     TrainConfig,
     TrainerConfig,
 )
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., str]:
+    """Runs a script, or ``"-m", module``, and its arguments on the CPU; returns what it printed. All must go well.
+
+    ``ranks``: as so many processes of torchrun; None: as one process.
+    """
+
+    def run(*command: str, ranks: int | None) -> str:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        done = subprocess.run(
+            [sys.executable, *(torchrun if ranks is not None else []), *command],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,18 +27,19 @@ def _load_worker() -> ModuleType:
 worker = _load_worker()
 
 
-def launch(folder: Path, plan: list[dict[str, Any]], *launcher: str) -> list[dict[str, Any]]:
-    """The outcomes of a plan, see distributed_worker.py."""
-    (folder / "plan.json").write_text(json.dumps(plan))
-    command = [sys.executable, *launcher, str(WORKER), str(folder / "plan.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return [json.loads((folder / f"plan-{number}.json").read_text()) for number in range(len(plan))]
+Outcomes = Callable[..., list[dict[str, Any]]]
 
 
-def torchrun(ranks: int) -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+@pytest.fixture(scope="session")
+def outcomes_of(launch: Callable[..., str]) -> Outcomes:
+    """Runs a plan, see distributed_worker.py."""
+
+    def run(folder: Path, plan: list[dict[str, Any]], ranks: int | None) -> list[dict[str, Any]]:
+        (folder / "plan.json").write_text(json.dumps(plan))
+        launch(str(WORKER), str(folder / "plan.json"), ranks=ranks)
+        return [json.loads((folder / f"plan-{number}.json").read_text()) for number in range(len(plan))]
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,7 @@ CONTINUATIONS = {
 
 
 @pytest.fixture(scope="module")
-def two_ranks(folder: Path, single: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def two_ranks(folder: Path, single: dict[str, Any], outcomes_of: Outcomes) -> dict[str, dict[str, Any]]:
     """All runs of two ranks, by name, under one torchrun."""
     plan: dict[str, dict[str, Any]] = {
         name: {"strategy": strategy, "options": options, "steps": 3}
@@ -101,7 +100,7 @@ def two_ranks(folder: Path, single: dict[str, Any]) -> dict[str, dict[str, Any]]
     }
     plan["stopped"] = {"strategy": "ddp", "steps": 50, "mode": "stop"}
     entries = [{"folder": str(folder / name), "devices": 2, **entry} for name, entry in plan.items()]
-    return dict(zip(plan, launch(folder, entries, *torchrun(2)), strict=True))
+    return dict(zip(plan, outcomes_of(folder, entries, 2), strict=True))
 
 
 def assert_same_training(
@@ -197,10 +196,10 @@ def test_decisions_of_rank_zero(two_ranks: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_processes_that_lightning_starts(
-    folder: Path, single: dict[str, Any], exact: dict[str, Any], tmp_path: Path
+    outcomes_of: Outcomes, single: dict[str, Any], exact: dict[str, Any], tmp_path: Path
 ) -> None:
     entry = {"strategy": "ddp", "folder": str(tmp_path), "devices": 2, "steps": 3}
-    (outcome,) = launch(tmp_path, [entry])
+    (outcome,) = outcomes_of(tmp_path, [entry], None)
     assert_same_training(outcome, single, exact, slice(0, 3))
     seen = {"value": "decided", "error": "only rank 0 looked"}
     assert outcome["decided"] == [{**seen, "calls": 1}, {**seen, "calls": 0}]
@@ -208,7 +207,12 @@ def test_processes_that_lightning_starts(
 
 @pytest.mark.slow
 def test_four_ranks(
-    two_ranks: dict[str, Any], folder: Path, single: dict[str, Any], exact: dict[str, Any], tmp_path: Path
+    two_ranks: dict[str, Any],
+    outcomes_of: Outcomes,
+    folder: Path,
+    single: dict[str, Any],
+    exact: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     """Tensor parallel of 2 with FSDP2 over the others, tensor parallel of 4 where two ranks hold each key/value head,
     and continuations of fewer ranks."""
@@ -222,7 +226,7 @@ def test_four_ranks(
     entries = [
         {"folder": str(tmp_path / str(number)), "devices": 4, **entry} for number, entry in enumerate(plan)
     ]
-    outcomes = launch(tmp_path, entries, *torchrun(4))
+    outcomes = outcomes_of(tmp_path, entries, 4)
     for outcome, entry in zip(outcomes, plan, strict=True):
         assert_same_training(outcome, single, exact, slice(3, 5) if "resume" in entry else slice(0, 3))
     for number in (0, 2):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,7 +43,9 @@ def losses(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_two_ranks_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_ranks_and_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], launch: Callable[..., str]
+) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for number in range(20):
@@ -55,13 +55,8 @@ def test_two_ranks_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     train(compose_config([*alone, "trainer.max_steps=8", f"output_dir={tmp_path / 'one'}"]))
 
     two = ["trainer.batch_size=2", "trainer.devices=2", "strategy=zero3", "trainer.max_steps=6"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "flash_attn_train.cli", *common, *two, f"output_dir={tmp_path / 'two'}"]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("step 6/6  validation loss") == 1  # rank 0 alone speaks
+    printed = launch("-m", "flash_attn_train.cli", *common, *two, f"output_dir={tmp_path / 'two'}", ranks=2)
+    assert printed.count("step 6/6  validation loss") == 1  # rank 0 alone speaks
     assert (tmp_path / "two" / "checkpoints" / "last.ckpt").is_dir()
 
     capsys.readouterr()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -103,7 +101,7 @@ def whole(data: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def two_ranks(
-    data: dict[str, list[str]], whole: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
+    data: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory, launch: Callable[..., str]
 ) -> Path:
     """The folder of all runs of two ranks, under one torchrun."""
     folder = tmp_path_factory.mktemp("two")
@@ -121,15 +119,7 @@ def two_ranks(
         for task in TASKS
     ]
     (folder / "plan.json").write_text(json.dumps(plan))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, str(folder / "worker.py"), str(folder / "plan.json")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    launch(str(folder / "worker.py"), str(folder / "plan.json"), ranks=2)
     return folder
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,17 +55,9 @@ with ending_process_group():
 
 
 @pytest.mark.parametrize("worker", [WORKER, WORKER_WITH_LATE_THREAD], ids=["kept_waiting", "late_thread"])
-def test_two_ranks_end(tmp_path: Path, worker: str) -> None:
+def test_two_ranks_end(tmp_path: Path, worker: str, launch: Callable[..., str]) -> None:
     (tmp_path / "worker.py").write_text(worker)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "worker.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr  # "terminate called without an active exception" otherwise
+    launch(str(tmp_path / "worker.py"), ranks=2)  # "terminate called without an active exception" otherwise
 
 
 @pytest.fixture

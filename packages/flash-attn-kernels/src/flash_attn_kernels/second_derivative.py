@@ -22,9 +22,8 @@ def once_differentiable(what: str) -> Callable[[Callable[..., Any]], Callable[..
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def once(ctx: Any, *upstream: Tensor | None) -> Any:
-            if (
-                not torch.is_grad_enabled() or torch.compiler.is_compiling()
-            ):  # compiled graphs refuse it themselves
+            # Compiled graphs refuse it themselves.
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return backward(ctx, *upstream)
             kept = _Kept(ctx)
             with torch.no_grad():  # with create_graph
